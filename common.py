@@ -1,0 +1,532 @@
+"""What the four methods share, in the order in which a run uses it: flags, CLIP, data and few-shot samples, image features,
+class features, the training schedule, evaluation and the record of a run. The methods themselves are in their own files.
+
+Shapes: N images, C classes, L tokens, W the text tower's width, D the dimension of the features.
+"""
+
+import argparse
+import contextlib
+import difflib
+import functools
+import hashlib
+import io
+import json
+import math
+import os
+import platform
+import random
+import sys
+import tempfile
+import time
+import warnings
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import open_clip
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torchvision.transforms import InterpolationMode, RandomHorizontalFlip, RandomResizedCrop, transforms
+from tqdm import tqdm
+
+from data.files import CATALOGUE, Data, Item, Problem, load_data
+
+HERE = Path(__file__).parent
+TINY_CLIP = f"local-dir:{HERE / 'data' / 'tiny_clip'}"
+progress = functools.partial(tqdm, disable=None, leave=False)  # no bar where stderr is not a terminal
+
+
+# ---------------------------------------------------------------- flags and errors
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise Problem(message)
+
+
+def number(kind=float, low=0.0, high=math.inf, low_ok=False):
+    """An argparse type: an int or float in (low, high), or [low, high) with low_ok."""
+    def parse(text):
+        value = kind(text)
+        if not (low <= value < high and (low_ok or value > low)):
+            raise argparse.ArgumentTypeError(f"{text} is out of range: wants {'at least' if low_ok else 'more than'} {low:g}")
+        return value
+    parse.__name__ = {int: "whole number", float: "number"}[kind]
+    return parse
+
+
+def several(kind):
+    """An argparse type: values separated by commas."""
+    def parse(text):
+        return [kind(part) for part in text.split(",")]
+    parse.__name__ = f"list (1,2,3) of {kind.__name__}"
+    return parse
+
+
+def flags(doc, lr, batch_size, n_ctx):
+    """A parser with the flags that every method has; a method adds its own to it, then calls `parse`."""
+    count, name = number(int, 1, low_ok=True), lambda text: text
+    name.__name__ = "name"
+    p = Parser(description=doc.split("\n\n")[0], formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    p.add_argument("--dataset", default="shapes", metavar="NAME|PATH", help="a data set, or a folder with one sub-folder per class (shapes, which is embedded)")
+    p.add_argument("--data-root", default=str(HERE / "data"), metavar="DIR", help="where the data sets are, in the layout of CoOp's users (data)")
+    p.add_argument("--backbone", metavar="NAME", help="an open_clip model, or local-dir:PATH (embedded data: the tiny CLIP; else ViT-B-16)")
+    p.add_argument("--pretrained", metavar="TAG", help="the weights' open_clip tag or file, or 'random' (openai)")
+    p.add_argument("--shots", type=several(count), default=[4], metavar="N,...", help="training images per class (4)")
+    p.add_argument("--seeds", type=several(number(int, 0, low_ok=True)), default=[1], metavar="N,...", help="random seeds, one run each (1)")
+    p.add_argument("--base-to-new", action="store_true", help="learn on the first half of the classes, test on both halves")
+    p.add_argument("--transfer", type=several(name), default=[], metavar="NAME,...", help="test what was learned on these data sets as well")
+    p.add_argument("--n-ctx", type=count, default=n_ctx, metavar="N", help=f"learned context tokens ({n_ctx})")
+    p.add_argument("--epochs", type=count, metavar="N", help="passes over the training images (the paper's, by shots)")
+    p.add_argument("--lr", type=number(), default=lr, help=f"learning rate of SGD ({lr})")
+    p.add_argument("--batch-size", type=count, default=batch_size, metavar="N", help=f"training images per step ({batch_size})")
+    p.add_argument("--views", type=number(int, 0, low_ok=True), default=10, metavar="N", help="augmented views encoded once per training image; 0: new ones every epoch (10)")
+    p.add_argument("--device", choices=["cpu", "cuda"], help="(cuda where there is one)")
+    p.add_argument("--precision", choices=["fp32", "amp"], help="amp: autocast to bf16, or fp16 where there is none (amp on cuda, fp32 on cpu)")
+    p.add_argument("--cache", default=str(HERE / "data" / "cache"), metavar="DIR", help="where image features are kept (data/cache)")
+    p.add_argument("--out", default="runs/results.jsonl", metavar="FILE", help="one JSON line per run is added here (runs/results.jsonl)")
+    p.add_argument("--save", metavar="FILE", help="keep what was learned; of several runs: 'ctx-{shots}-{seed}.safetensors'")
+    p.add_argument("--load", metavar="FILE", help="do not train, test what this file holds")
+    return p
+
+
+def parse(parser, argv=None):
+    """The flags' values, with the defaults that depend on others; raises Problem where they cannot be met."""
+    args = parser.parse_args(argv)
+    embedded = CATALOGUE.get(args.dataset, {}).get("kind") == "world"
+    args.backbone = args.backbone or (TINY_CLIP if embedded else "ViT-B-16")
+    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    args.precision = args.precision or ("amp" if args.device == "cuda" else "fp32")
+    args.pretrained = args.pretrained or ("" if ":" in args.backbone else "openai")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise Problem("--device cuda: PyTorch sees no CUDA device here; leave the flag out to use the CPU")
+    if args.save and len(args.shots) * len(args.seeds) > 1 and len({args.save.format(shots=a, seed=b) for a in args.shots for b in args.seeds}) == 1:
+        raise Problem("--save: several runs would write one file; put {shots} and {seed} into its name")
+    for file in filter(None, (args.out, args.save)):  # found out now rather than after the training
+        Path(file).parent.mkdir(parents=True, exist_ok=True)
+        if Path(file).is_dir() or not os.access(Path(file).parent, os.W_OK):
+            raise Problem(f"cannot write {file}")
+    return args
+
+
+@contextlib.contextmanager
+def one_line_errors():
+    """Around main(): what the user can mend ends in one line on stderr and status 2, Ctrl-C in status 130."""
+    warnings.filterwarnings("ignore", module="PIL|torch|open_clip|timm|torchvision")
+    name = Path(sys.argv[0]).name
+    try:
+        yield
+    except Problem as problem:
+        status, message = 2, str(problem)
+    except torch.OutOfMemoryError:
+        status, message = 2, "out of GPU memory; a smaller --batch-size or backbone needs less"
+    except OSError as error:  # no space, no permission, ...
+        status, message = 2, f"{error.filename or 'writing'}: {error.strerror or error}"
+    except KeyboardInterrupt:
+        status, message = 130, "interrupted"
+    else:
+        return
+    print(f"{name}: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(status)
+
+
+# ---------------------------------------------------------------- CLIP
+
+@dataclass
+class Clip:
+    """A frozen CLIP: open_clip's model, its text tower `text`, tokenizer, image transforms, and exp(logit_scale)."""
+    model: torch.nn.Module
+    text: torch.nn.Module
+    tokenizer: object
+    preprocess: object  # PIL image -> (3, H, W), as CLIP was trained
+    augment: object     # the same with a random crop and flip
+    logit_scale: float
+    device: str
+    precision: str
+    key: str            # stands for the image tower's weights and preprocessing in the cache
+    seconds: float = 0  # spent on encoding images
+
+    def autocast(self):
+        dtype = torch.bfloat16 if self.device == "cpu" or torch.cuda.is_bf16_supported() else torch.float16
+        return torch.autocast(self.device, dtype, enabled=self.precision == "amp")
+
+
+def load_clip(args):
+    """The CLIP of --backbone and --pretrained, frozen, in eval mode; raises Problem if there is no such model or weights."""
+    name, tag = args.backbone, args.pretrained
+    torch.manual_seed(0)  # --pretrained random is the same everywhere
+    try:
+        if name.startswith("local-dir:"):
+            model, _, preprocess = open_clip.create_model_and_transforms(name, device=args.device, require_pretrained=True)
+        elif tag == "random":
+            model, _, preprocess = open_clip.create_model_and_transforms(known(name), device=args.device, pretrained_text=False)
+        else:
+            # OpenAI's weights were trained with QuickGELU, which open_clip takes from the model's name and only warns
+            # about: here the tag decides. A file has no tag, so that its model's name does.
+            spec = open_clip.get_pretrained_cfg(known(name), tag)
+            if not spec and not Path(tag).is_file():
+                raise Problem(f"--pretrained {tag}: {name} has {', '.join(open_clip.list_pretrained_tags_by_model(name)) or 'no tag'}, or give a file")
+            model, _, preprocess = open_clip.create_model_and_transforms(name.removesuffix("-quickgelu") if spec else name, tag, device=args.device, require_pretrained=True,
+                                           force_quick_gelu=bool(spec.get("quick_gelu")))
+    except Problem:
+        raise
+    except Exception as error:  # whatever went wrong in open_clip, the way out is the same
+        raise Problem(f"cannot load {name} {tag}: {error} (no network? a weights file can be given with --pretrained FILE)") from None
+    model.eval().requires_grad_(False)
+    text, tokenizer = (model if hasattr(model, "token_embedding") else getattr(model, "text", None)), open_clip.get_tokenizer(name)
+    plain = isinstance(tokenizer, open_clip.SimpleTokenizer) and getattr(text, "attn_mask", None) is not None and not hasattr(text, "cls_emb")
+    if not plain or type(text.transformer.resblocks[0]) is not open_clip.transformer.ResidualAttentionBlock:
+        raise Problem(f"--backbone {name}: its text tower is not CLIP's causal transformer, which these methods learn prompts for")
+    size = model.visual.preprocess_cfg["size"]
+    augment = transforms.Compose([RandomResizedCrop(size, (0.08, 1.0), interpolation=InterpolationMode.BICUBIC), RandomHorizontalFlip(),
+                                  *preprocess.transforms[2:]])
+    digest = hashlib.blake2b(repr((preprocess, args.precision, args.device)).encode(), digest_size=16)
+    for tensor in model.visual.state_dict().values():
+        digest.update(tensor.cpu().contiguous().numpy())
+    return Clip(model, text, tokenizer, preprocess, augment, model.logit_scale.exp().item(), args.device, args.precision, digest.hexdigest())
+
+
+def known(name):
+    if name not in open_clip.list_models():
+        near = difflib.get_close_matches(name, open_clip.list_models(), n=3, cutoff=0.3)
+        raise Problem(f"unknown backbone {name!r}: did you mean {' or '.join(near) or 'ViT-B-16'}? (or local-dir:PATH)")
+    return name
+
+
+# ---------------------------------------------------------------- few-shot samples, base and new classes
+
+def few_shot(items, shots, seed):
+    """CoOp's few-shot sample, draw for draw: `shots` items of each label, labels in order of first appearance.
+
+    A class with fewer items gives all it has. Reproduces the index sets that CoOp's authors published."""
+    rng, by_label = random.Random(seed), {}
+    for item in items:
+        by_label.setdefault(item.label, []).append(item)
+    return [item for rows in by_label.values() for item in (rng.sample(rows, shots) if len(rows) >= shots else rows)]
+
+
+def half(items, classnames, new):
+    """The items of the base (first ceil(C/2)) or the new classes, relabelled from 0, and their names (CoCoOp, section 4.1)."""
+    m = math.ceil(len(classnames) / 2)
+    keep = range(m, len(classnames)) if new else range(m)
+    return [item._replace(label=item.label - keep.start) for item in items if item.label in keep], [classnames[k] for k in keep]
+
+
+# ---------------------------------------------------------------- images to features
+
+class Pictures(torch.utils.data.Dataset):
+    """Item i: `views` transformed copies of picture i, (views, 3, H, W); a str where it cannot be read.
+
+    The random numbers of an augmentation come from the file's content and `salt`: the same views in every run."""
+
+    def __init__(self, paths, transform, views=1, salt=0):
+        self.paths, self.transform, self.views, self.salt = paths, transform, views, salt
+
+    def __len__(self):
+        return len(self.paths)
+
+    def __getitem__(self, i):
+        try:
+            content = Path(self.paths[i]).read_bytes()
+            image = Image.open(io.BytesIO(content)).convert("RGB")
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(zlib.crc32(content) + 2**32 * self.salt)
+                return torch.stack([self.transform(image) for _ in range(self.views)])
+        except Exception as error:  # Pillow raises what its decoders raise
+            return f"cannot read the picture {self.paths[i]} ({str(error).replace(str(content), '') if not isinstance(error, OSError) else error.strerror or type(error).__name__})"
+
+
+def load_pixels(clip, paths, transform, views=1, salt=0, batch_size=256):
+    """Yields (n, views, 3, H, W) on the device, the pictures in order; raises Problem at one that cannot be read."""
+    workers = min(8, os.cpu_count() or 1) if clip.device == "cuda" and len(paths) > 64 else 0
+    loader = torch.utils.data.DataLoader(Pictures(paths, transform, views, salt), max(1, batch_size // views), num_workers=workers,
+                                         collate_fn=list, pin_memory=False)
+    for pictures in loader:
+        for picture in pictures:
+            if isinstance(picture, str):
+                raise Problem(picture)
+        yield torch.stack(pictures).to(clip.device, non_blocking=True)
+
+
+@torch.no_grad()
+def encode_images(clip, items, cache, views=0, salt=0, encode=None):
+    """L2-normalised image features f(x): (N, D) of the pictures as they are, or (N, views, D) of augmented views.
+
+    They are computed once and kept in the folder `cache`, in a file named after the weights, the preprocessing and the
+    pictures (path, size, time of change); a damaged file is found by its checksum and made anew. With `encode`
+    (pixels (n, 3, H, W) -> (n, D)) in place of the frozen tower, or without `cache`, nothing is kept."""
+    start, paths = time.time(), [str(item.path) for item in items]
+    try:
+        stats = [(path, (s := os.stat(path)).st_size, s.st_mtime_ns) for path in paths]
+    except OSError as error:
+        raise Problem(f"missing picture {error.filename}") from None
+    file = None
+    if cache and not encode:
+        file = Path(cache) / f"{hashlib.blake2b(repr((clip.key, views, salt, stats)).encode(), digest_size=16).hexdigest()}.safetensors"
+        features = read_cache(file)
+        if features is not None:
+            clip.seconds += time.time() - start
+            return features.to(clip.device)
+    transform, encode, done = (clip.augment if views else clip.preprocess), encode or clip.model.encode_image, []
+    with clip.autocast(), progress(total=len(paths), desc="encoding images", unit="image") as bar:
+        for pixels in load_pixels(clip, paths, transform, views or 1, salt, 256 if clip.device == "cuda" else 32):
+            done.append(F.normalize(encode(pixels.flatten(0, 1)).float(), dim=-1).view(*pixels.shape[:2], -1))
+            bar.update(len(pixels))
+    features = torch.cat(done) if views else torch.cat(done)[:, 0]
+    if file:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(file, {"features": features.cpu()}, {"checksum": checksum(features.cpu())})
+    clip.seconds += time.time() - start
+    return features
+
+
+def checksum(tensor):
+    return f"{zlib.crc32(tensor.contiguous().numpy()):08x}"
+
+
+def read_cache(file):
+    """The cached tensor, or None where there is none or it is damaged."""
+    try:
+        with safe_open(file, "pt") as content:
+            features = content.get_tensor("features")
+            return features if content.metadata()["checksum"] == checksum(features) else None
+    except (FileNotFoundError, SafetensorError, KeyError, TypeError):
+        return None
+
+
+def write_whole(file, tensors, metadata):
+    """A safetensors file that appears whole or not at all, whoever else reads or writes it."""
+    handle, temporary = tempfile.mkstemp(prefix=".", suffix=".part", dir=Path(file).parent)
+    os.close(handle)
+    try:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, metadata)
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, file)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+# ---------------------------------------------------------------- prompts to class features
+
+def tokenize(clip, text):
+    """The token numbers of a text, without start and end; raises Problem if the text tower cannot hold it."""
+    tokens = clip.tokenizer.encode(text)
+    if len(tokens) > clip.text.positional_embedding.shape[0] - 2:
+        raise Problem(f"{text[:60]!r}... is {len(tokens)} tokens long; CLIP reads {clip.text.positional_embedding.shape[0] - 2}")
+    return tokens
+
+
+def name_tokens(clip, classnames):
+    """For every class the embeddings of [name_c, "."] and the number of its name's tokens: a list of ((L_c, W), n_c)."""
+    names = [classname.replace("_", " ") for classname in classnames]
+    return [(embed(clip, tokenize(clip, f"{name}.")), len(tokenize(clip, name))) for name in names]
+
+
+def embed(clip, tokens):
+    """Token numbers (L) -> embeddings (L, W)."""
+    return clip.text.token_embedding(torch.tensor(tokens, dtype=torch.long, device=clip.device))
+
+
+def start_end(clip):
+    """The embeddings of the start-of-text and end-of-text tokens, (1, W) each."""
+    return embed(clip, [clip.tokenizer.sot_token_id]), embed(clip, [clip.tokenizer.eot_token_id])
+
+
+def encode_text(clip, tails, head=None):
+    """Class features g(prompt), L2-normalised (C, D), from token embeddings without positions.
+
+    tails  C tensors (L_c, W), each ending in the end-of-text token, where the tower reads its feature
+    head   (P, W) in front of every tail, the same for all classes: start token and shared context, if any
+
+    Exact, but cheaper than CLIP's encode_text, since the tower is causal: what stands after the end-of-text token changes
+    nothing, so prompts are cut to the longest instead of padded to 77; and the head's states do not depend on the class,
+    so they are computed once and every tail attends to them. Raises Problem if a prompt is longer than the tower holds."""
+    text, lengths = clip.text, torch.tensor([len(tail) for tail in tails], device=clip.device)
+    x = torch.nn.utils.rnn.pad_sequence(list(tails), batch_first=True)                       # (C, L, W)
+    h = x.new_zeros(0, x.shape[-1]) if head is None else head                                # (P, W)
+    p, length = len(h), x.shape[1]
+    if p + length > len(text.positional_embedding):
+        raise Problem(f"the longest prompt takes {p + length} tokens, CLIP reads {len(text.positional_embedding)}; --n-ctx can be smaller")
+    h, x = (h + text.positional_embedding[:p])[None], x + text.positional_embedding[p:p + length]
+    mask = torch.ones(length, p + length, dtype=torch.bool, device=x.device).tril(p)         # who may look at whom
+    for block in text.transformer.resblocks:
+        q, k, v = queries_keys_values(block, x)                                              # (C, heads, L, W / heads)
+        if p:
+            head_q, head_k, head_v = queries_keys_values(block, h)                           # (1, heads, P, W / heads)
+            h = finish_block(block, h, F.scaled_dot_product_attention(head_q, head_k, head_v, is_causal=True))
+            k, v = (torch.cat([a.expand(len(x), -1, -1, -1), b], 2) for a, b in ((head_k, k), (head_v, v)))
+        x = finish_block(block, x, F.scaled_dot_product_attention(q, k, v, attn_mask=mask))
+    x = text.ln_final(x[torch.arange(len(x), device=x.device), lengths - 1])                 # (C, W)
+    x = text.text_projection(x) if isinstance(text.text_projection, torch.nn.Linear) else x @ text.text_projection
+    return F.normalize(x.float(), dim=-1)
+
+
+def queries_keys_values(block, x):
+    """The first half of open_clip's ResidualAttentionBlock: (C, L, W) -> three of (C, heads, L, W / heads)."""
+    qkv = F.linear(block.ln_1(x), block.attn.in_proj_weight, block.attn.in_proj_bias)
+    return qkv.view(*x.shape[:2], 3, block.attn.num_heads, -1).permute(2, 0, 3, 1, 4)
+
+
+def finish_block(block, x, attended):
+    """Its second half: what was attended to (C, heads, L, W / heads) into the residual stream (C, L, W)."""
+    x = x + block.ls_1(block.attn.out_proj(attended.transpose(1, 2).flatten(2)))
+    return x + block.ls_2(block.mlp(block.ln_2(x)))
+
+
+@torch.no_grad()
+def nearest_words(clip, v):
+    """For every context vector v (..., M, W) the vocabulary's nearest word, by Euclidean distance (CoOp, table 4)."""
+    table = clip.text.token_embedding.weight
+    known = table.abs().sum(-1) > 0  # the tiny CLIP has met only a few words
+    nearest = torch.cdist(v.flatten(0, -2).float(), table.float()).masked_fill(~known, math.inf).argmin(-1)
+    return " ".join(clip.tokenizer.decoder[token].replace("</w>", "") for token in nearest.tolist())
+
+
+@torch.no_grad()
+def template_features(clip, template, classnames):
+    """The class features of a written prompt such as "a photo of a {}." (C, D): CLIP's zero-shot classifier."""
+    start, end = start_end(clip)
+    prompts = [template.format(classname.replace("_", " ")) for classname in classnames]
+    with clip.autocast():
+        return encode_text(clip, [torch.cat([start, embed(clip, tokenize(clip, prompt)), end]) for prompt in prompts])
+
+
+# ---------------------------------------------------------------- a run: its data, schedule, evaluation and record
+
+@dataclass
+class Run:
+    """One training and evaluation: (shots, seed) of a method on a data set."""
+    method: str
+    args: argparse.Namespace
+    clip: Clip
+    data: Data
+    shots: int
+    seed: int
+    classnames: list  # of the classes to learn: all, or the base half
+    items: list       # the few-shot sample, labelled from 0
+    started: float
+    features: torch.Tensor = None
+
+    def batches(self, epoch):
+        """Yields (f(x) (B, D), labels (B,)) for one epoch: one random augmented view of every training image, shuffled.
+
+        The last batch is dropped unless it is the only one, as in the authors' code."""
+        rng = torch.Generator().manual_seed(1000003 * self.seed + epoch)
+        n, views, size = len(self.items), self.args.views, self.args.batch_size
+        if self.features is None or not views:
+            self.features = encode_images(self.clip, self.items, views and self.args.cache, views or 1, 0 if views else epoch)
+        labels = torch.tensor([item.label for item in self.items])
+        view, order = torch.randint(views or 1, (n,), generator=rng), torch.randperm(n, generator=rng)
+        for step in range(max(1, n // size)):
+            rows = order[step * size:(step + 1) * size]
+            yield self.features[rows, view[rows]], labels[rows].to(self.clip.device)
+
+    def finish(self, prompt, log):
+        """Evaluates, prints and records a learned prompt: an nn.Module with `class_features(classnames) -> (C, D)`.
+
+        `log` is what the method tells of its training, a dict of numbers and of lists over epochs."""
+        args, data, record = self.args, self.data, {}
+        trained = time.time()
+        if args.save and not args.load:
+            save(self, prompt, args.save.format(shots=self.shots, seed=self.seed))
+        if args.base_to_new:
+            base, base_names = half(data.test, data.classnames, new=False)
+            new, new_names = half(data.test, data.classnames, new=True)
+            rows = {"base": self.evaluate(prompt, base, base_names, data.template), "new": self.evaluate(prompt, new, new_names, data.template)}
+            rows["harmonic"] = {key: 2 / sum(1 / max(rows[part][key], 1e-9) for part in ("base", "new")) for key in ("zero_shot", "accuracy")}
+            for part, row in rows.items():
+                record.update({part: row["accuracy"], f"zero_shot_{part}": row["zero_shot"]})
+        else:
+            rows = {"all classes": self.evaluate(prompt, data.test, data.classnames, data.template)}
+            record.update(rows["all classes"])
+        record["transfer"] = {}
+        for name in args.transfer:
+            other = load_data(name, args.data_root)
+            rows[name] = record["transfer"][name] = self.evaluate(prompt, other.test, other.classnames, other.template)
+        ended, encoding = time.time(), self.clip.seconds
+        print(f"{f'{data.name}, {self.shots} shots, seed {self.seed}':<34} zero-shot {self.method:>9}")
+        for name, row in rows.items():
+            print(f"  {name:<32} {row['zero_shot']:9.1f} {row['accuracy']:9.1f}", flush=True)
+        record = {
+            "method": self.method, "dataset": data.name, "backbone": args.backbone.removeprefix(f"local-dir:{HERE}/"), "pretrained": args.pretrained,
+            "shots": self.shots, "seed": self.seed, "protocol": "base-to-new" if args.base_to_new else "few-shot", **record, **log,
+            "parameters": sum(p.numel() for p in prompt.parameters()), "seconds": {"encoding": round(encoding, 2), "training": round(trained - self.started, 2), "all": round(ended - self.started, 2)},
+            "versions": {"python": platform.python_version(), "torch": torch.__version__, "open_clip": open_clip.__version__},
+            "device": torch.cuda.get_device_name() if args.device == "cuda" else platform.processor() or platform.machine(), "flags": vars(args)}
+        append_line(args.out, json.dumps(record))
+        self.clip.seconds = 0
+
+    @torch.no_grad()
+    def evaluate(self, prompt, items, classnames, template):
+        """Percent of the items that the written template and the learned prompt put into their class."""
+        labels = torch.tensor([item.label for item in items], device=self.clip.device)
+        percent = lambda f, w: 100 * (f @ w.T).argmax(-1).eq(labels).double().mean().item()
+        f = encode_images(self.clip, items, self.args.cache)
+        with self.clip.autocast():
+            w = prompt.class_features(classnames)
+        learned_f = encode_images(self.clip, items, None, encode=prompt.image_features) if hasattr(prompt, "image_features") else f
+        return {"zero_shot": percent(f, template_features(self.clip, template, classnames)), "accuracy": percent(learned_f, w.float())}
+
+
+def runs(method, args, clip):
+    """Yields one Run for every number of shots and every seed, the random numbers seeded; the data are read once."""
+    data = load_data(args.dataset, args.data_root)
+    if data.note:
+        print(f"{data.name}: {data.note}")
+    if not data.train and not args.load:
+        raise Problem(f"{args.dataset} has no training images; it is for --transfer or --load")
+    largest = max((sum(item.label == k for item in data.train) for k in range(len(data.classnames))), default=0)
+    for shots in args.shots:
+        if shots > largest and not args.load:
+            print(f"{data.name} has no class with {shots} training images: using the {largest} there are")
+        for seed in args.seeds:
+            items, classnames = few_shot(data.train, shots, seed), data.classnames
+            if args.base_to_new:
+                items, classnames = half(items, classnames, new=False)
+            torch.manual_seed(seed)
+            yield Run(method, args, clip, data, shots, seed, classnames, items, time.time())
+
+
+def default_epochs(run):
+    """CoOp's training length: 50, 100, 100, 200, 200 epochs for 1, 2, 4, 8, 16 shots; 50 on ImageNet."""
+    return 50 if run.shots < 2 or run.data.name == "imagenet" else 100 if run.shots < 8 else 200
+
+
+def learning_rate(epoch, epochs, lr):
+    """The authors' schedule: one epoch at 1e-5, then half a cosine that has not quite come down to 0 at the end."""
+    return 1e-5 if epoch == 0 else lr * (1 + math.cos(math.pi * (epoch - 1) / epochs)) / 2
+
+
+def append_line(file, line):
+    """Adds a line in one write, so that lines of several processes do not mix; a line that was cut short is closed first."""
+    with open(file, "ab+") as out:
+        cut = out.seek(0, os.SEEK_END) and (out.seek(-1, os.SEEK_END), out.read(1))[1] != b"\n"
+        out.write(b"\n" * bool(cut) + line.encode() + b"\n")
+
+
+def save(run, prompt, file):
+    """What was learned, as safetensors, with the method and the flags that shape it in the metadata."""
+    flags = {key: value for key, value in vars(run.args).items() if isinstance(value, (int, str, float))}
+    write_whole(file, prompt.state_dict(), {"method": run.method, "dataset": run.data.name, "shots": str(run.shots), "seed": str(run.seed), "flags": json.dumps(flags)})
+
+
+def load(run, prompt, file):
+    """Puts a saved prompt's tensors into `prompt`; raises Problem if it is of another method or shape."""
+    try:
+        with safe_open(file, "pt") as content:
+            tensors, method = {name: content.get_tensor(name) for name in content.keys()}, (content.metadata() or {}).get("method")
+    except FileNotFoundError:
+        raise Problem(f"--load {file}: no such file") from None
+    except (SafetensorError, OSError):
+        raise Problem(f"--load {file}: not a safetensors file") from None
+    shapes = {name: tuple(tensor.shape) for name, tensor in prompt.state_dict().items()}
+    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    if method != run.method:
+        raise Problem(f"--load {file}: was saved by {method or 'something else'}, not by {run.method}")
+    if shapes != found:
+        raise Problem(f"--load {file}: holds {found}, the flags given here (and the classes) ask for {shapes}")
+    prompt.load_state_dict(tensors)
+    return {"loaded": file}

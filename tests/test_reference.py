@@ -1,0 +1,110 @@
+"""What the authors' code computes, step by step, against what the scripts compute: one test per file of $REFERENCE_DIR.
+
+A file holds a JSON `config` and arrays; the small CLIP's weights are made up from their names, the same everywhere."""
+
+import importlib
+import json
+import os
+import zlib
+from argparse import Namespace
+from pathlib import Path
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+import torch.nn.functional as F
+
+import common
+
+HERE = Path(__file__).parent
+FILES = sorted(Path(os.environ.get("REFERENCE_DIR", HERE / "reference")).glob("*.npz"))
+
+
+def made_up(name, shape):
+    """The weight `name` of the small CLIP."""
+    if name == "logit_scale":
+        return torch.tensor(np.log(100.0), dtype=torch.float32)
+    x = np.random.RandomState(zlib.crc32(name.encode())).standard_normal(shape)
+    if "ln_" in name and name.endswith("weight"):
+        x = 1 + 0.1 * x
+    elif name.endswith("bias") or name == "token_embedding.weight":
+        x = 0.02 * x
+    elif name == "positional_embedding":
+        x = 0.01 * x
+    elif name in ("visual.class_embedding", "visual.positional_embedding"):
+        x = x / shape[-1] ** 0.5
+    elif name in ("visual.proj", "text_projection"):
+        x = x / shape[0] ** 0.5
+    else:
+        x = x / np.prod(shape[1:]) ** 0.5
+    return torch.from_numpy(x.astype(np.float32))
+
+
+def small_clip(c):
+    """The small CLIP of config["clip"], as the scripts know a CLIP."""
+    model = open_clip.CLIP(c["embed"], {"image_size": c["image"], "layers": c["v_layers"], "width": c["v_width"], "patch_size": c["patch"]},
+                           {"context_length": c["ctx"], "vocab_size": c["vocab"], "width": c["t_width"], "heads": c["t_width"] // 64, "layers": c["t_layers"]}, quick_gelu=True)
+    model.load_state_dict({name: made_up(name, tuple(tensor.shape)) for name, tensor in model.state_dict().items()})
+    model.eval().requires_grad_(False)
+    return common.Clip(model, model, open_clip.SimpleTokenizer(), None, None, model.logit_scale.exp().item(), "cpu", "fp32", "")
+
+
+def close(found, expected, tolerance, what):
+    found, expected = torch.as_tensor(found).detach().double(), torch.as_tensor(expected).double()
+    error = ((found - expected).norm() / expected.norm().clamp_min(1e-12)).item()
+    assert found.shape == expected.shape and error < tolerance, f"{what}: relative error {error:.2e}"
+
+
+def follow_context(method, config, arrays, monkeypatch):
+    """CoOp and ProGrad: one learned context, image features that stay."""
+    script, clip = importlib.import_module(method), small_clip(config["clip"])
+    names, y = config["classnames"], torch.tensor(config["labels"])
+    x = np.random.RandomState(config["image_seed"]).standard_normal((len(y), 3, config["image_size"], config["image_size"]))
+    f = F.normalize(clip.model.encode_image(torch.from_numpy(x.astype(np.float32))), dim=-1)
+    data = common.Data("reference", names, config["template"], config["template"], [], [], [])
+    run = Namespace(clip=clip, classnames=names, data=data, batches=lambda epoch: [(f, y)])
+    monkeypatch.setattr(common, "learning_rate", lambda epoch, epochs, lr: lr)
+
+    def learn(steps):
+        args = Namespace(lr=config["lr"], epochs=steps, n_ctx=config["n_ctx"], ctx_init=config["context_words"], class_specific=config["class_specific"],
+                         projection=config["projection_strength"], temperature=config["temperature"])
+        v = script.first_context(clip, args, run)
+        if config["context_seed"] is not None:
+            v = torch.from_numpy(0.02 * np.random.RandomState(config["context_seed"]).standard_normal(tuple(v.shape)).astype(np.float32))
+        prompt = script.Prompt(clip, v, config["class_token_position"])
+        return prompt, script.train(prompt, run, args) if steps else {}
+
+    logits = lambda prompt: clip.logit_scale * f @ prompt.class_features(names).T
+    start, (end, log) = learn(0)[0], learn(config["steps"])
+    close(logits(start), arrays["logits_initial"], 1e-4, "logits before the first step")
+    close(logits(end), arrays["logits_final"], 1e-3, "logits after the last step")
+    if "context_initial" in arrays:
+        close(start.v, arrays["context_initial"], 1e-4, "initial context")
+    if "context_final" in arrays:
+        close(end.v, arrays["context_final"], 1e-3, "final context")
+    if "gradient_initial" in arrays:
+        close(learn(1)[0].v.grad, arrays["gradient_initial"], 1e-4, "first gradient")
+    for step in range(config["steps"]):
+        if f"gradient_used_{step}" in arrays:
+            close(learn(step + 1)[0].v.grad, arrays[f"gradient_used_{step}"], 1e-3 if step else 1e-4, f"gradient used in step {step}")
+    if "zero_shot_logits" in arrays:
+        close(clip.logit_scale * f @ common.template_features(clip, config["template"], names).T, arrays["zero_shot_logits"], 1e-4, "zero-shot logits")
+    columns = {"coop": ["loss"], "prograd": ["loss", "general_loss", "cosine"]}[method]
+    found = np.array([log[column] for column in columns]).T
+    close(found[0], arrays["log"][0], 1e-4, "losses of the first step")
+    close(found, arrays["log"], 1e-3, "losses")
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.name)
+def test_reference(file, monkeypatch):
+    with np.load(file) as content:
+        arrays = {key: content[key] for key in content.files}
+    config = json.loads(str(arrays.pop("config")))
+    if not (HERE.parent / f"{config['method']}.py").exists():
+        pytest.skip(f"there is no {config['method']}.py yet")
+    follow_context(config["method"], config, arrays, monkeypatch)
+
+
+def test_there_are_references():
+    assert FILES
