@@ -217,12 +217,12 @@ def half(items, classnames, new):
 # ---------------------------------------------------------------- images to features
 
 class Pictures(torch.utils.data.Dataset):
-    """Item i: `views` transformed copies of picture i, (views, 3, H, W); a str where it cannot be read.
+    """Item i: picture i transformed once for each number in views[i], (V, 3, H, W); a str where it cannot be read.
 
-    The random numbers of an augmentation come from the file's content and `salt`: the same views in every run."""
+    An augmentation's random numbers come from the file's content and the number of the view: the same in every run."""
 
-    def __init__(self, paths, transform, views=1, salt=0):
-        self.paths, self.transform, self.views, self.salt = paths, transform, views, salt
+    def __init__(self, paths, transform, views):
+        self.paths, self.transform, self.views = paths, transform, views
 
     def __len__(self):
         return len(self.paths)
@@ -231,19 +231,20 @@ class Pictures(torch.utils.data.Dataset):
         try:
             content = Path(self.paths[i]).read_bytes()
             image = Image.open(io.BytesIO(content)).convert("RGB")
+            copies = []
             with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(zlib.crc32(content) + 2**32 * self.salt)
-                return torch.stack([self.transform(image) for _ in range(self.views)])
-        except Exception as error:  # Pillow raises what its decoders raise
-            return f"cannot read the picture {self.paths[i]} ({str(error).replace(str(content), '') if not isinstance(error, OSError) else error.strerror or type(error).__name__})"
+                for view in self.views[i]:
+                    torch.manual_seed(zlib.crc32(content) + 2**32 * view)
+                    copies.append(self.transform(image))
+            return torch.stack(copies)
+        except Exception as error:  # Pillow's decoders raise anything
+            return f"cannot read the picture {self.paths[i]} ({(error.strerror if isinstance(error, OSError) else str(error)) or type(error).__name__})"
 
 
-def load_pixels(clip, paths, transform, views=1, salt=0, batch_size=256):
-    """Yields (n, views, 3, H, W) on the device, the pictures in order; raises Problem at one that cannot be read."""
+def load_pixels(clip, paths, transform, views, batch_size):
+    """Yields (batch_size, V, 3, H, W) on the device, the pictures in order; raises Problem at one that cannot be read."""
     workers = min(8, os.cpu_count() or 1) if clip.device == "cuda" and len(paths) > 64 else 0
-    loader = torch.utils.data.DataLoader(Pictures(paths, transform, views, salt), max(1, batch_size // views), num_workers=workers,
-                                         collate_fn=list, pin_memory=False)
-    for pictures in loader:
+    for pictures in torch.utils.data.DataLoader(Pictures(paths, transform, views), batch_size, num_workers=workers, collate_fn=list):
         for picture in pictures:
             if isinstance(picture, str):
                 raise Problem(picture)
@@ -251,35 +252,33 @@ def load_pixels(clip, paths, transform, views=1, salt=0, batch_size=256):
 
 
 @torch.no_grad()
-def encode_images(clip, items, cache, views=0, salt=0, encode=None):
-    """L2-normalised image features f(x): (N, D) of the pictures as they are, or (N, views, D) of augmented views.
+def encode_images(clip, items, cache, views=None, encode=None, kind=""):
+    """L2-normalised image features f(x): (N, D) of the pictures as they are, or (N, V, D) of the augmented `views`.
 
     They are computed once and kept in the folder `cache`, in a file named after the weights, the preprocessing and the
-    pictures (path, size, time of change); a damaged file is found by its checksum and made anew. With `encode`
-    (pixels (n, 3, H, W) -> (n, D)) in place of the frozen tower, or without `cache`, nothing is kept."""
+    pictures (path, size, time of change); a damaged file is found by its checksum and made anew. Another `encode`
+    (pixels (n, 3, H, W) -> (n, D)) than CLIP's image tower needs a name of its own, `kind`, or cache=None."""
     start, paths = time.time(), [str(item.path) for item in items]
     try:
         stats = [(path, (s := os.stat(path)).st_size, s.st_mtime_ns) for path in paths]
     except OSError as error:
         raise Problem(f"missing picture {error.filename}") from None
-    file = None
-    if cache and not encode:
-        file = Path(cache) / f"{hashlib.blake2b(repr((clip.key, views, salt, stats)).encode(), digest_size=16).hexdigest()}.safetensors"
-        features = read_cache(file)
-        if features is not None:
-            clip.seconds += time.time() - start
-            return features.to(clip.device)
-    transform, encode, done = (clip.augment if views else clip.preprocess), encode or clip.model.encode_image, []
-    with clip.autocast(), progress(total=len(paths), desc="encoding images", unit="image") as bar:
-        for pixels in load_pixels(clip, paths, transform, views or 1, salt, 256 if clip.device == "cuda" else 32):
-            done.append(F.normalize(encode(pixels.flatten(0, 1)).float(), dim=-1).view(*pixels.shape[:2], -1))
-            bar.update(len(pixels))
-    features = torch.cat(done) if views else torch.cat(done)[:, 0]
-    if file:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(file, {"features": features.cpu()}, {"checksum": checksum(features.cpu())})
+    key = hashlib.blake2b(repr((clip.key, kind, views, stats)).encode(), digest_size=16).hexdigest()
+    file = cache and Path(cache) / f"{key}.safetensors"
+    features = read_cache(file) if cache else None
+    if features is None:
+        encode, done = encode or (lambda x: F.normalize(clip.model.encode_image(x).float(), dim=-1)), []
+        size = 256 if clip.device == "cuda" else 32
+        with clip.autocast(), progress(total=len(paths), desc="encoding images", unit="image") as bar:
+            for pixels in load_pixels(clip, paths, clip.augment if views else clip.preprocess, [views or [0]] * len(paths), max(1, size // len(views or [0]))):
+                done.append(encode(pixels.flatten(0, 1)).float().view(*pixels.shape[:2], -1).cpu())
+                bar.update(len(pixels))
+        features = torch.cat(done) if views else torch.cat(done)[:, 0]
+        if cache:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            write_whole(file, {"features": features}, {"checksum": checksum(features)})
     clip.seconds += time.time() - start
-    return features
+    return features.to(clip.device)
 
 
 def checksum(tensor):
@@ -410,19 +409,37 @@ class Run:
     started: float
     features: torch.Tensor = None
 
-    def batches(self, epoch):
-        """Yields (f(x) (B, D), labels (B,)) for one epoch: one random augmented view of every training image, shuffled.
+    def plan(self, epoch):
+        """The batches of an epoch, [(rows (B,), views (B,))]: every training image once, shuffled, one random view of each.
 
         The last batch is dropped unless it is the only one, as in the authors' code."""
         rng = torch.Generator().manual_seed(1000003 * self.seed + epoch)
-        n, views, size = len(self.items), self.args.views, self.args.batch_size
-        if self.features is None or not views:
-            self.features = encode_images(self.clip, self.items, views and self.args.cache, views or 1, 0 if views else epoch)
-        labels = torch.tensor([item.label for item in self.items])
-        view, order = torch.randint(views or 1, (n,), generator=rng), torch.randperm(n, generator=rng)
-        for step in range(max(1, n // size)):
-            rows = order[step * size:(step + 1) * size]
-            yield self.features[rows, view[rows]], labels[rows].to(self.clip.device)
+        n, size = len(self.items), self.args.batch_size
+        order, views = torch.randperm(n, generator=rng), torch.randint(self.args.views or 1, (n,), generator=rng)
+        return [(order[k * size:(k + 1) * size], views[k * size:(k + 1) * size]) for k in range(max(1, n // size))]
+
+    def views(self, epoch):
+        """The numbers of the augmented views that the epoch draws from: always the same, or with --views 0 a new one."""
+        return list(range(self.args.views)) or [epoch]
+
+    def batches(self, epoch):
+        """Yields (f(x) (B, D), labels (B,)): features of the epoch's batches, encoded once for all epochs and runs."""
+        if self.features is None or not self.args.views:
+            self.features = encode_images(self.clip, self.items, self.args.views and self.args.cache, self.views(epoch))
+        for rows, views in self.plan(epoch):
+            yield self.features[rows, views], self.labels[rows]
+
+    def pixel_batches(self, epoch):
+        """Yields (pixels (B, 3, H, W), labels (B,), rows (B,), views (B,)) for a method that changes the image tower."""
+        plan, numbers = self.plan(epoch), self.views(epoch)
+        rows, views = (torch.cat(column).tolist() for column in zip(*plan))
+        loader = load_pixels(self.clip, [self.items[r].path for r in rows], self.clip.augment, [[numbers[v]] for v in views], self.args.batch_size)
+        for (rows, views), pixels in zip(plan, loader):
+            yield pixels[:, 0], self.labels[rows], rows, views
+
+    @property
+    def labels(self):
+        return torch.tensor([item.label for item in self.items], device=self.clip.device)
 
     def finish(self, prompt, log):
         """Evaluates, prints and records a learned prompt: an nn.Module with `class_features(classnames) -> (C, D)`.
@@ -467,7 +484,7 @@ class Run:
         f = encode_images(self.clip, items, self.args.cache)
         with self.clip.autocast():
             w = prompt.class_features(classnames)
-        learned_f = encode_images(self.clip, items, None, encode=prompt.image_features) if hasattr(prompt, "image_features") else f
+        learned_f = encode_images(self.clip, items, None, encode=prompt.image_features) if hasattr(prompt, "image_features") else f  # the tower may have learned
         return {"zero_shot": percent(f, template_features(self.clip, template, classnames)), "accuracy": percent(learned_f, w.float())}
 
 

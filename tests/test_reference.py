@@ -96,6 +96,51 @@ def follow_context(method, config, arrays, monkeypatch):
     close(found, arrays["log"], 1e-3, "losses")
 
 
+def follow_restore(method, config, arrays, monkeypatch):
+    """RESTORE: parameters in both towers, known by name."""
+    script, clip = importlib.import_module(method), small_clip(config["clip"])
+    names, y = config["classnames"], torch.tensor(config["labels"])
+    x = np.random.RandomState(config["image_seed"]).standard_normal((len(y), 3, config["image_size"], config["image_size"])).astype(np.float32)
+    monkeypatch.setattr(common, "learning_rate", lambda epoch, epochs, lr: lr)
+    monkeypatch.setattr(script, "frozen_states", lambda *_: (torch.ones(len(names), 1, 1), torch.ones(len(y), 1, 1, 1)))
+    args = Namespace(lr=config["lr"], epochs=1, n_ctx=config["n_ctx"], ctx_init=config["context_words"], depth=config["depth"], prompts=config["prompts"], towers="both",
+                     shift=config["shift"], shift_weight=config["shift_weight"], blend=config["blend_text"], views=1)
+
+    def learn(steps):
+        batch = torch.from_numpy(x), y, torch.arange(len(y)), torch.zeros(len(y), dtype=torch.long)
+        run = Namespace(clip=clip, classnames=names, items=None, views=lambda epoch: [0], pixel_batches=lambda epoch: [batch] * steps)
+        prompts = script.Prompts(clip, args)
+        prompts.blend[1] = config["blend_visual"]
+        with torch.no_grad():
+            for name, shape in config["parameters"].items():
+                value = np.random.RandomState(zlib.crc32(f"restore/{name}".encode())).standard_normal(shape).astype(np.float32)
+                value = 1 + 0.1 * value if name.endswith("norm.weight") else 0.02 * value if name.endswith("bias") or name.startswith("text_prompts.") else value / shape[-1] ** 0.5
+                if name != "text_prompts.0":
+                    prompts.get_parameter(name).copy_(torch.from_numpy(value.astype(np.float32)))
+        assert {name for name, _ in prompts.named_parameters()} == set(config["parameters"])
+        prompts.gram_at_start = [g.detach() for g in prompts.gram()]
+        return prompts, script.train(prompts, run, args) if steps else {}
+
+    start = learn(0)[0]
+    close(start.text_prompts[0], arrays["text_prompts_0_initial"], 1e-4, "first text prompt")
+    logs = [np.zeros(2)]
+    for step in range(1, config["steps"] + 1):  # a log holds the mean over an epoch's steps: take it apart again
+        end, log = learn(step)
+        logs.append(step * np.array([log["loss"][0], log["consistency"][0]]))
+        if step == 1:
+            for name in [key for key in arrays if key.startswith("gradient_initial/")]:
+                close(end.get_parameter(name.split("/")[1]).grad, arrays[name], 1e-4, name)
+    close(np.diff(logs, axis=0)[0], arrays["log"][0], 1e-4, "losses of the first step")
+    close(np.diff(logs, axis=0), arrays["log"], 1e-3, "losses")
+    close(np.diff(logs, axis=0)[1:, 1], arrays["log"][1:, 1], 1e-2, "shift losses")  # differences of small numbers
+    for name in [key for key in arrays if key.startswith("final/")]:
+        close(end.get_parameter(name.split("/")[1]), arrays[name], 1e-3, name)
+    close(torch.stack([g.mean() for g in end.gram()]), [config["gram_text_final"], config["gram_visual_final"]], 1e-3, "Gram norms")
+    close(end.blend, [config["blend_text_after"], config["blend_visual_after"]], 1e-4, "blends after the update")
+    with torch.no_grad():
+        close(clip.logit_scale * end.image_features(torch.from_numpy(x)) @ end.class_features(names).T, arrays["logits_final"], 1e-3, "logits after the last step")
+
+
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.name)
 def test_reference(file, monkeypatch):
     with np.load(file) as content:
@@ -103,7 +148,8 @@ def test_reference(file, monkeypatch):
     config = json.loads(str(arrays.pop("config")))
     if not (HERE.parent / f"{config['method']}.py").exists():
         pytest.skip(f"there is no {config['method']}.py yet")
-    follow_context(config["method"], config, arrays, monkeypatch)
+    follow = follow_restore if config["method"] == "restore" else follow_context
+    follow(config["method"], config, arrays, monkeypatch)
 
 
 def test_there_are_references():

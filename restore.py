@@ -1,0 +1,241 @@
+"""RESTORE: learn prompts in both towers, and keep the two towers' features moving together.
+
+Paper: Yang, Zhang, Yang, Gao, Qin, Li, Sun, Yang, Gu, "RESTORE: Towards Feature Shift for Vision-Language Prompt Learning",
+2024, arXiv 2403.06136.
+
+Prompts that are learned in one tower alone move its features away from the other tower's, and what CLIP's pre-training
+aligned falls apart: new classes suffer. RESTORE measures that movement, the feature shift, and keeps it equal in both.
+
+    shift_l = mean |h_l - h_l^0| / |h_l^0|                       feature shift at block l         -> feature_shift
+    L_fs    = mean_l (shift_v,l - shift_t,l)^2                   shift consistency                -> consistency
+    A(f)    = f + MLP(LN(f)),  f' = b A(f) + (1 - b) f           surgery block, one per tower     -> Surgery
+    L       = -log p(y|x) + gamma L_fs,  p from f'               cross-entropy and consistency    -> train
+    b       = b + eta shift,  once, after a third of the epochs  (eta 0.02 text, 0.005 vision)    -> Prompts.raise_blends
+
+    h_l, h_l^0  the state of the token that a tower reads its feature from (class token, end token) after block l, with
+                and without the prompts; towers of different depth are paired at their last blocks
+    prompts     n tokens in each of the first D blocks: in the text tower they stand where words 1..n stood, in the vision
+                tower behind the patches; every block's replace those of the block before
+
+The paper learns the two towers' prompts independently. The authors' released code computes the visual ones from the text
+ones by a linear layer per block (--prompts coupled) and takes the prompts' Gram norm |P^T P|_F over its value at the start
+for the shift (--shift gram, summed over the blocks from the second on). Both are here; the paper's are the defaults.
+
+Try first:  python restore.py --base-to-new             compare the new classes with coop.py's
+            python restore.py --shift-weight 0 --blend 0            neither consistency nor surgery: plain prompts (IVLP)
+            python restore.py --towers text --shift-weight 0 --blend 0      one tower alone: where the gap opens
+"""
+
+import torch
+import torch.nn.functional as F
+
+import common
+
+
+class Surgery(torch.nn.Module):
+    """A(f) = f + MLP(LN(f)) on features f (N, D)."""
+
+    def __init__(self, dim):
+        super().__init__()
+        self.norm, self.up, self.down = torch.nn.LayerNorm(dim), torch.nn.Linear(dim, 4 * dim), torch.nn.Linear(4 * dim, dim)
+        torch.nn.init.zeros_(self.down.weight)  # A(f) = f at the start: the run begins at CLIP's own features
+        torch.nn.init.zeros_(self.down.bias)
+
+    def forward(self, f):
+        h = self.up(self.norm(f))
+        return f + self.down(h * torch.sigmoid(1.702 * h))  # QuickGELU
+
+
+class Prompts(torch.nn.Module):
+    """The learned prompts of both towers, the surgery blocks and their blends b (text, vision)."""
+
+    def __init__(self, clip, args):
+        super().__init__()
+        self.clip, self.shift = clip, args.shift
+        visual, words = clip.model.visual, common.embed(clip, common.tokenize(clip, args.ctx_init))
+        if not hasattr(visual, "class_embedding") or not hasattr(visual, "ln_pre"):
+            raise common.Problem("--backbone: RESTORE puts prompts into the blocks of a vision transformer; this image tower is another (try ViT-B-16)")
+        if args.n_ctx > len(words):
+            raise common.Problem(f"--n-ctx {args.n_ctx}: the prompts of the first block replace words of --ctx-init, which has {len(words)} tokens")
+        blocks = min(len(clip.text.transformer.resblocks), len(visual.transformer.resblocks))
+        if args.depth > blocks:
+            print(f"--depth {args.depth}: the towers have {blocks} blocks in common, so {blocks}")
+        depth, n, noise = min(args.depth, blocks), args.n_ctx, lambda *shape: 0.02 * torch.randn(*shape, device=clip.device)
+        width_t, width_v = words.shape[1], visual.class_embedding.shape[0]
+        self.words = words                                                               # (words, W_t)
+        text = [words[:n].clone()] + [noise(n, width_t) for _ in range(depth - 1)] if args.towers != "vision" else []
+        self.text_prompts = torch.nn.ParameterList(text)                                 # D of (n, W_t)
+        if args.prompts == "coupled":
+            self.projections = torch.nn.ModuleList(torch.nn.Linear(width_t, width_v) for _ in range(depth))
+        else:
+            self.visual_prompts = torch.nn.ParameterList([noise(n, width_v) for _ in range(depth)] if args.towers != "text" else [])
+        self.register_buffer("blend", torch.tensor([args.blend, args.blend]))
+        if args.blend:
+            dim = clip.model.visual.output_dim
+            self.text_surgery, self.visual_surgery = Surgery(dim), Surgery(dim)
+        self.to(clip.device)
+        self.gram_at_start = [g.detach() for g in self.gram()]
+
+    def visual(self):
+        """The vision tower's prompts, D of (n, W_v)."""
+        if hasattr(self, "projections"):
+            return [project(p) for project, p in zip(self.projections, self.text_prompts)]
+        return list(self.visual_prompts)
+
+    def encode_text(self, names, prompts):
+        """Class features (C, D) and the end token's state after every block (C, blocks, W_t), through open_clip's blocks."""
+        text, (start, end) = self.clip.text, common.start_end(self.clip)
+        rows = [torch.cat([start, self.words, name, end]) for name, _ in names]          # C of (L_c, W_t)
+        x, last = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True), torch.tensor([len(row) - 1 for row in rows])
+        position, each = text.positional_embedding[:x.shape[1]], torch.arange(len(rows))
+        x, states = x + position, []                                                     # (C, L, W_t)
+        for i, block in enumerate(text.transformer.resblocks):
+            if i < len(prompts):
+                p = prompts[i] + position[1:1 + len(prompts[i])] if i == 0 else prompts[i]
+                x = torch.cat([x[:, :1], p.expand(len(x), -1, -1).to(x.dtype), x[:, 1 + len(p):]], 1)
+            x = block(x, attn_mask=text.attn_mask[:x.shape[1], :x.shape[1]])
+            states.append(x[each, last])
+        w = text.ln_final(states[-1]) @ text.text_projection
+        return w, torch.stack(states, 1)
+
+    def encode_image(self, pixels, prompts):
+        """Image features (B, D) and the class token's state after every block (B, blocks, W_v). pixels (B, 3, H, W)."""
+        visual, states = self.clip.model.visual, []
+        x = visual.conv1(pixels).flatten(2).transpose(1, 2)                              # (B, patches, W_v)
+        x = torch.cat([visual.class_embedding.expand(len(x), 1, -1).to(x.dtype), x], 1) + visual.positional_embedding
+        end = x.shape[1]
+        for i, block in enumerate(visual.transformer.resblocks):
+            if i < len(prompts):
+                x = torch.cat([x[:, :end], prompts[i].expand(len(x), -1, -1).to(x.dtype)], 1)
+            x = block(visual.ln_pre(x) if i == 0 else x)
+            states.append(x[:, 0])
+        f = visual._pool(x[:, :end])[0] @ visual.proj
+        return f, torch.stack(states, 1)
+
+    def operate(self, f, tower):
+        """The surgery block: f' = b A(f) + (1 - b) f, of length 1. f (N, D)."""
+        if hasattr(self, f"{tower}_surgery"):
+            b = self.blend[0 if tower == "text" else 1]
+            f = b * getattr(self, f"{tower}_surgery")(f) + (1 - b) * f
+        return F.normalize(f.float(), dim=-1)
+
+    def class_features(self, classnames):
+        """Class features of any classes, for evaluation: (C, D)."""
+        return self.operate(self.encode_text(common.name_tokens(self.clip, classnames), self.text_prompts)[0], "text")
+
+    def image_features(self, pixels):
+        """Image features with the prompts in the tower, for evaluation: (B, D)."""
+        return self.operate(self.encode_image(pixels, self.visual())[0], "visual")
+
+    def gram(self):
+        """|P^T P|_F of the prompts of blocks 2..D, the released code's stand-in for the shift: text (D - 1), vision (D - 1)."""
+        towers = [list(prompts)[1:] or list(prompts) for prompts in (self.text_prompts, self.visual())]
+        return [torch.stack([(p @ p.T).norm() for p in tower]) if tower else torch.zeros(1) for tower in towers]
+
+    @torch.no_grad()
+    def raise_blends(self, shifts):
+        """Once in the training: each tower's blend grows with its shift (text, vision), so that more is operated on."""
+        if self.shift == "gram":
+            shifts = [g.mean() for g in self.gram()]
+        self.blend += self.blend.new_tensor([0.02 * float(shifts[0]), 0.005 * float(shifts[1])])
+
+
+def feature_shift(states, frozen):
+    """Per block the norm of the change over the norm of the frozen state, mean over the batch: (N, blocks, W) -> (blocks)."""
+    return ((states.float() - frozen.float()).norm(dim=-1) / frozen.float().norm(dim=-1)).mean(0)
+
+
+def consistency(prompts, shift_t, shift_v):
+    """L_fs of the two towers' shifts (blocks_t), (blocks_v), paired at the last blocks; or the released code's."""
+    if prompts.shift == "gram":
+        text, vision = (g / start for g, start in zip(prompts.gram(), prompts.gram_at_start))
+        return (text - vision).square().sum()
+    m = min(len(shift_t), len(shift_v))
+    return (shift_v[-m:] - shift_t[-m:]).square().mean()
+
+
+@torch.no_grad()
+def frozen_states(prompts, run, views=None):
+    """What the shift is measured from, computed once: the end token's states of the classes (C, blocks, W_t), and the
+    class token's of the training images, (N, blocks, W_v), or of their augmented `views`, (N, V, blocks, W_v)."""
+    clip = run.clip
+    with clip.autocast():
+        text = prompts.encode_text(common.name_tokens(clip, run.classnames), [])[1]
+    flat = lambda pixels: prompts.encode_image(pixels, [])[1].flatten(1)
+    vision = common.encode_images(clip, run.items, run.args.cache, views, flat, "states of all blocks")
+    return text, vision.unflatten(-1, (len(clip.model.visual.transformer.resblocks), -1))
+
+
+@torch.no_grad()
+def measure(prompts, run):
+    """The paper's diagnostic, on the training images as they are: shift per block of both towers, and the gap between them."""
+    clip, (text_0, vision_0) = run.clip, frozen_states(prompts, run)
+    with clip.autocast():
+        text = prompts.encode_text(common.name_tokens(clip, run.classnames), prompts.text_prompts)[1]
+    flat = lambda pixels: prompts.encode_image(pixels, prompts.visual())[1].flatten(1)
+    vision = common.encode_images(clip, run.items, None, None, flat).view_as(vision_0)
+    shift_t, shift_v = feature_shift(text, text_0), feature_shift(vision, vision_0)
+    m = min(len(shift_t), len(shift_v))
+    return {"text": shift_t.tolist(), "vision": shift_v.tolist(), "gap": (shift_v[-m:] - shift_t[-m:]).abs().mean().item()}
+
+
+def train(prompts, run, args):
+    """Learns the prompts in place; returns a dict of what happened, by epoch."""
+    clip, names = run.clip, common.name_tokens(run.clip, run.classnames)
+    optimizer = torch.optim.SGD(prompts.parameters(), args.lr, momentum=0.9, weight_decay=5e-4)
+    epochs = args.epochs or 10
+    log = {"loss": [], "consistency": [], "shift_text": [], "shift_vision": []}
+    text_0, vision_0 = frozen_states(prompts, run, run.views(0))                         # (C, blocks, W_t), (N, V, blocks, W_v)
+    for epoch in common.progress(range(epochs), desc="training", unit="epoch"):
+        optimizer.param_groups[0]["lr"] = common.learning_rate(epoch, epochs, args.lr)
+        if not args.views:
+            vision_0 = frozen_states(prompts, run, run.views(epoch))[1]
+        rows = []
+        for pixels, y, images, views in run.pixel_batches(epoch):                        # (B, 3, H, W), (B), (B), (B)
+            with clip.autocast():
+                w, text = prompts.encode_text(names, prompts.text_prompts)               # (C, D), (C, blocks, W_t)
+                f, vision = prompts.encode_image(pixels, prompts.visual())               # (B, D), (B, blocks, W_v)
+                w, f = prompts.operate(w, "text"), prompts.operate(f, "visual")
+            shift_t, shift_v = feature_shift(text, text_0), feature_shift(vision, vision_0[images, views])
+            l_fs = consistency(prompts, shift_t, shift_v)
+            loss = F.cross_entropy(clip.logit_scale * f @ w.T, y) + args.shift_weight * l_fs
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            rows.append([loss.detach(), l_fs.detach(), shift_t.detach(), shift_v.detach()])
+        for key, values in zip(log, zip(*rows)):
+            log[key].append(torch.stack(values).mean(0).tolist())
+        if args.blend and epoch + 1 == max(1, round(epochs / 3)):
+            prompts.raise_blends([sum(log[key][-1]) / len(log[key][-1]) for key in ("shift_text", "shift_vision")])
+    return log
+
+
+def main():
+    parser = common.flags(__doc__, lr=0.0035, batch_size=4, n_ctx=2)
+    parser.add_argument("--ctx-init", default="a photo of a", metavar="WORDS", help="stand before the name; the first --n-ctx are learned (a photo of a)")
+    parser.add_argument("--depth", type=common.number(int, 1, low_ok=True), default=9, metavar="D", help="blocks with prompts, from the first (9)")
+    parser.add_argument("--prompts", choices=["independent", "coupled"], default="independent", help="visual prompts of their own, or made from the text ones (independent)")
+    parser.add_argument("--towers", choices=["both", "text", "vision"], default="both", help="where prompts are learned (both)")
+    parser.add_argument("--shift", choices=["features", "gram"], default="features", help="measured on features, or the released code's stand-in (features)")
+    parser.add_argument("--shift-weight", type=common.number(low_ok=True), default=1.0, metavar="GAMMA", help="of the consistency loss; 0: off (1)")
+    parser.add_argument("--blend", type=common.number(low_ok=True), default=0.1, metavar="B", help="of the surgery blocks at the start; 0: none (0.1)")
+    args = common.parse(parser)
+    if args.prompts == "coupled" and args.towers != "both":
+        raise common.Problem(f"--prompts coupled makes the visual prompts from the text ones: it needs both towers, not --towers {args.towers}")
+    if args.shift == "gram" and args.towers != "both":
+        raise common.Problem(f"--shift gram compares the prompts of both towers: with --towers {args.towers} it has one")
+    clip = common.load_clip(args)
+    for run in common.runs("restore", args, clip):
+        prompts = Prompts(clip, args)
+        before = measure(prompts, run)
+        log = common.load(run, prompts, args.load) if args.load else train(prompts, run, args)
+        after = measure(prompts, run)
+        run.finish(prompts, {**log, "shift_before": before, "shift_after": after})
+        for name, shift in (("before", before), ("after", after)):
+            for tower in ("text", "vision"):
+                print(f"  shift {name:>6}, {tower:<6}", *(f"{value:6.3f}" for value in shift[tower]), f"  gap {shift['gap']:.3f}" if tower == "text" else "")
+
+
+if __name__ == "__main__":
+    with common.one_line_errors():
+        main()
