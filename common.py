@@ -32,7 +32,7 @@ from safetensors.torch import save_file
 from torchvision.transforms import InterpolationMode, RandomHorizontalFlip, RandomResizedCrop, transforms
 from tqdm import tqdm
 
-from data.files import CATALOGUE, Data, Item, Problem, load_data
+from data.files import CATALOGUE, Data, Problem, load_data
 
 HERE = Path(__file__).parent
 TINY_CLIP = f"local-dir:{HERE / 'data' / 'tiny_clip'}"
@@ -175,9 +175,11 @@ def load_clip(args):
     except Exception as error:  # whatever went wrong in open_clip, the way out is the same
         raise Problem(f"cannot load {name} {tag}: {error} (no network? a weights file can be given with --pretrained FILE)") from None
     model.eval().requires_grad_(False)
-    text, tokenizer = (model if hasattr(model, "token_embedding") else getattr(model, "text", None)), open_clip.get_tokenizer(name)
-    plain = isinstance(tokenizer, open_clip.SimpleTokenizer) and getattr(text, "attn_mask", None) is not None and not hasattr(text, "cls_emb")
-    if not plain or type(text.transformer.resblocks[0]) is not open_clip.transformer.ResidualAttentionBlock:
+    text = model if hasattr(model, "token_embedding") else getattr(model, "text", None)
+    block = getattr(getattr(text, "transformer", None), "resblocks", [None])[0]
+    plain = type(block) is open_clip.transformer.ResidualAttentionBlock and getattr(text, "attn_mask", None) is not None and getattr(text, "cls_emb", None) is None
+    tokenizer = open_clip.get_tokenizer(name) if plain else None
+    if not isinstance(tokenizer, open_clip.SimpleTokenizer):
         raise Problem(f"--backbone {name}: its text tower is not CLIP's causal transformer, which these methods learn prompts for")
     size = model.visual.preprocess_cfg["size"]
     augment = transforms.Compose([RandomResizedCrop(size, (0.08, 1.0), interpolation=InterpolationMode.BICUBIC), RandomHorizontalFlip(),
@@ -234,7 +236,7 @@ class Pictures(torch.utils.data.Dataset):
             copies = []
             with torch.random.fork_rng(devices=[]):
                 for view in self.views[i]:
-                    torch.manual_seed(zlib.crc32(content) + 2**32 * view)
+                    torch.manual_seed(zlib.crc32(b"%d" % view, zlib.crc32(content)))
                     copies.append(self.transform(image))
             return torch.stack(copies)
         except Exception as error:  # Pillow's decoders raise anything
@@ -402,6 +404,7 @@ class Run:
     args: argparse.Namespace
     clip: Clip
     data: Data
+    others: list      # of Data, to test on as well
     shots: int
     seed: int
     classnames: list  # of the classes to learn: all, or the base half
@@ -460,9 +463,8 @@ class Run:
             rows = {"all classes": self.evaluate(prompt, data.test, data.classnames, data.template)}
             record.update(rows["all classes"])
         record["transfer"] = {}
-        for name in args.transfer:
-            other = load_data(name, args.data_root)
-            rows[name] = record["transfer"][name] = self.evaluate(prompt, other.test, other.classnames, other.template)
+        for other in self.others:
+            rows[other.name] = record["transfer"][other.name] = self.evaluate(prompt, other.test, other.classnames, other.template)
         ended, encoding = time.time(), self.clip.seconds
         print(f"{f'{data.name}, {self.shots} shots, seed {self.seed}':<34} zero-shot {self.method:>9}")
         for name, row in rows.items():
@@ -488,9 +490,9 @@ class Run:
         return {"zero_shot": percent(f, template_features(self.clip, template, classnames)), "accuracy": percent(learned_f, w.float())}
 
 
-def runs(method, args, clip):
-    """Yields one Run for every number of shots and every seed, the random numbers seeded; the data are read once."""
-    data = load_data(args.dataset, args.data_root)
+def runs(method, args, data, clip):
+    """Yields one Run for every number of shots and every seed, the random numbers seeded."""
+    others = [load_data(name, args.data_root) for name in args.transfer]  # what is missing is missed before the training
     if data.note:
         print(f"{data.name}: {data.note}")
     if not data.train and not args.load:
@@ -504,7 +506,7 @@ def runs(method, args, clip):
             if args.base_to_new:
                 items, classnames = half(items, classnames, new=False)
             torch.manual_seed(seed)
-            yield Run(method, args, clip, data, shots, seed, classnames, items, time.time())
+            yield Run(method, args, clip, data, others, shots, seed, classnames, items, time.time())
 
 
 def default_epochs(run):

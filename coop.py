@@ -91,8 +91,10 @@ def main():
     parser.add_argument("--class-specific", action="store_true", help="learn one context per class instead of one for all")
     parser.add_argument("--position", choices=["end", "middle", "front"], default="end", help="where the class name stands (end)")
     args = common.parse(parser)
-    clip = common.load_clip(args)
-    for run in common.runs("coop", args, clip):
+    if args.class_specific and (args.base_to_new or args.transfer):
+        raise common.Problem("--class-specific has no context for classes that it did not learn: leave out --base-to-new and --transfer")
+    data, clip = common.load_data(args.dataset, args.data_root), common.load_clip(args)
+    for run in common.runs("coop", args, data, clip):
         prompt = Prompt(clip, first_context(clip, args, run), args.position)
         log = common.load(run, prompt, args.load) if args.load else train(prompt, run, args)
         run.finish(prompt, log)

@@ -110,8 +110,10 @@ def main():
     parser.add_argument("--projection", type=common.number(low_ok=True), default=1.0, metavar="LAMBDA", help="how much of a conflict is taken out (1)")
     parser.add_argument("--temperature", type=common.number(), default=1.0, metavar="T", help="of the general loss (1)")
     args = common.parse(parser)
-    clip = common.load_clip(args)
-    for run in common.runs("prograd", args, clip):
+    if args.class_specific and (args.base_to_new or args.transfer):
+        raise common.Problem("--class-specific has no context for classes that it did not learn: leave out --base-to-new and --transfer")
+    data, clip = common.load_data(args.dataset, args.data_root), common.load_clip(args)
+    for run in common.runs("prograd", args, data, clip):
         prompt = Prompt(clip, first_context(clip, args, run), args.position)
         log = common.load(run, prompt, args.load) if args.load else train(prompt, run, args)
         run.finish(prompt, log)

@@ -224,8 +224,8 @@ def main():
         raise common.Problem(f"--prompts coupled makes the visual prompts from the text ones: it needs both towers, not --towers {args.towers}")
     if args.shift == "gram" and args.towers != "both":
         raise common.Problem(f"--shift gram compares the prompts of both towers: with --towers {args.towers} it has one")
-    clip = common.load_clip(args)
-    for run in common.runs("restore", args, clip):
+    data, clip = common.load_data(args.dataset, args.data_root), common.load_clip(args)
+    for run in common.runs("restore", args, data, clip):
         prompts = Prompts(clip, args)
         before = measure(prompts, run)
         log = common.load(run, prompts, args.load) if args.load else train(prompts, run, args)

@@ -264,7 +264,7 @@ def noise(img, rng, sigma):
     return Image.fromarray(np.clip(np.asarray(img) + grain, 0, 255).astype(np.uint8))
 
 
-def tint(img, factors=(.55, .8, 1.), gamma=1.3):
+def tint(img, factors=(0.4, 0.7, 1.0), gamma=1.6):
     """A camera with a colour cast, as under water: no picture of the pre-training looks like this."""
     a = (np.asarray(img) / 255) ** gamma * factors
     return Image.fromarray((a * 255).astype(np.uint8))

@@ -1,0 +1,139 @@
+"""MVP-MI: learn the words around the class name, and keep them informative about what was written by hand.
+
+Paper: "Dual-view mutual information for prompt tuning", arXiv 2410.03189. Only its abstract could be consulted: soft and
+hand-crafted prompts are two views of the text, their mutual information is maximised, and a class-wise augmentation from
+the visual modality makes the prompt robust on unseen classes. EVERYTHING BEYOND THAT IS OUR READING, in the simplest form.
+
+    w_c, p(c|x), v_1..v_M, g, f(x), tau                          as in CoOp               -> Prompt
+    s_c   = w_c, h_c = g(template of c)                          the two views of class c -> Prompt, train
+    L_nce = -1/2C sum_c [log softmax_c'(s_c . h_c' / t)_c + log softmax_c'(h_c . s_c' / t)_c]  -> info_nce
+    I(S; H) >= log C - L_nce                                     the bound, in nats       -> train
+    f~    = sum_i a_i f(x_i), x_i of one class, a ~ Dirichlet    class-wise augmentation  -> augment
+    L     = -log p(y|x) over x and f~, + lambda L_nce                                     -> train
+
+    t      the temperature of the bound, which also sets its pull: at 0.07 it is soon saturated, near log C
+    f~     a convex combination of image features of the class (its shots and their augmented views), of length 1 again
+    At test time a class is its soft view, or the mean of both views (--classifier).
+
+Try first:  python mvp_mi.py --base-to-new --shots 16   and the same with coop.py: what is kept of the new classes
+            python mvp_mi.py --mi-weight 0 --augment 0 --classifier soft        CoOp, to the last digit
+            python mvp_mi.py --classifier soft          without the written view at test time
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+
+import common
+
+
+class Prompt(torch.nn.Module):
+    """The learned context `v`, (M, W) shared by all classes or (C, M, W) class-specific, and the prompts made with it."""
+
+    def __init__(self, clip, v, position="end", template=None):
+        super().__init__()
+        self.clip, self.position, self.v = clip, position, torch.nn.Parameter(v)
+        self.template = template                                                      # of the classifier's second view, if any
+
+    def forward(self, names):
+        """Class features w (C, D), of length 1. `names`: for each class the embeddings of [name_c, "."] and its length."""
+        start, end = common.start_end(self.clip)                                      # (1, W) each
+        m = {"end": self.v.shape[-2], "middle": self.v.shape[-2] // 2, "front": 0}[self.position]
+        heads, tails = [], []
+        for c, (name, n) in enumerate(names):                                         # name (n + 1, W)
+            v = self.v if self.v.ndim == 2 else self.v[c]                             # (M, W)
+            heads.append(torch.cat([start, v[:m]]) if c == 0 or self.v.ndim == 3 else heads[0])
+            tails.append(torch.cat([name[:n], v[m:], name[n:], end]))
+        if self.v.ndim == 2:                                                          # one head for all classes
+            return common.encode_text(self.clip, tails, heads[0])
+        return common.encode_text(self.clip, [torch.cat(both) for both in zip(heads, tails)])
+
+    def class_features(self, classnames):
+        """Class features of any classes, for evaluation: (C, D)."""
+        w = self(common.name_tokens(self.clip, classnames))
+        if self.template:
+            w = F.normalize(w + common.template_features(self.clip, self.template, classnames), dim=-1)
+        return w
+
+
+def first_context(clip, args, run):
+    """Where the context starts: Gaussian noise of standard deviation 0.02, or words (then M is their number)."""
+    if args.ctx_init:
+        v = common.embed(clip, common.tokenize(clip, args.ctx_init))
+    else:
+        v = 0.02 * torch.randn(args.n_ctx, clip.text.token_embedding.embedding_dim, device=clip.device)
+    if args.class_specific:
+        v = v.repeat(len(run.classnames), 1, 1) if args.ctx_init else 0.02 * torch.randn(len(run.classnames), *v.shape, device=clip.device)
+    return v
+
+
+def info_nce(s, h, t):
+    """InfoNCE between two views s, h (C, D) of length 1, both ways over the classes (van den Oord et al. 2018, equation 4)."""
+    similarity, own = s @ h.T / t, torch.arange(len(s), device=s.device)              # (C, C)
+    return (F.cross_entropy(similarity, own) + F.cross_entropy(similarity.T, own)) / 2
+
+
+def augment(features, labels, y, k, rng):
+    """For each class in the batch k random convex combinations of four of its features (N, V, D): (classes * k, D), labels."""
+    made, classes = [], y.unique().repeat_interleave(k)
+    for c in classes.tolist():
+        own = features[labels == c].flatten(0, 1)                                     # (n V, D)
+        some = own[torch.randint(len(own), (4,), generator=rng)]                      # (4, D)
+        a = -torch.rand(4, generator=rng).log()                                       # exponential draws, over their sum:
+        made.append((a / a.sum()).to(own.device) @ some)                              # uniform on the simplex, Dirichlet(1)
+    return F.normalize(torch.stack(made), dim=-1), classes
+
+
+def train(prompt, run, args):
+    """Learns the context in place; returns a dict of what happened, by epoch."""
+    clip, names = run.clip, common.name_tokens(run.clip, run.classnames)
+    optimizer = torch.optim.SGD(prompt.parameters(), args.lr, momentum=0.9, weight_decay=5e-4)
+    epochs = args.epochs or common.default_epochs(run)
+    h = common.template_features(clip, run.data.template, run.classnames)             # (C, D), the written view
+    rng = torch.Generator().manual_seed(run.seed)
+    log = {"loss": [], "bound": []}                                                   # bound: log C - L_nce, in nats
+    for epoch in common.progress(range(epochs), desc="training", unit="epoch"):
+        optimizer.param_groups[0]["lr"] = common.learning_rate(epoch, epochs, args.lr)
+        rows = []
+        for f, y in run.batches(epoch):                                               # (B, D), (B)
+            with clip.autocast():
+                w = prompt(names)                                                     # (C, D), once for the whole batch
+            if args.augment:
+                more_f, more_y = augment(run.features, run.labels, y, args.augment, rng)
+                f, y = torch.cat([f, more_f]), torch.cat([y, more_y])
+            l_nce = info_nce(w, h, args.mi_temperature)
+            loss = F.cross_entropy(clip.logit_scale * f @ w.T, y) + args.mi_weight * l_nce
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            rows.append([loss.item(), math.log(len(h)) - l_nce.item()])
+        for key, values in zip(log, zip(*rows)):
+            log[key].append(sum(values) / len(values))
+    log["log_C"] = math.log(len(h))                                                   # the largest value the bound can take
+    return log
+
+
+def main():
+    parser = common.flags(__doc__, lr=0.002, batch_size=32, n_ctx=16)
+    parser.add_argument("--ctx-init", default="", metavar="WORDS", help="start from these words, whose number replaces --n-ctx (noise)")
+    parser.add_argument("--class-specific", action="store_true", help="learn one context per class instead of one for all")
+    parser.add_argument("--position", choices=["end", "middle", "front"], default="end", help="where the class name stands (end)")
+    parser.add_argument("--mi-weight", type=common.number(low_ok=True), default=16.0, metavar="LAMBDA", help="of the mutual-information term (16)")
+    parser.add_argument("--mi-temperature", type=common.number(), default=0.07, metavar="T", help="of the bound (0.07)")
+    parser.add_argument("--augment", type=common.number(int, 0, low_ok=True), default=2, metavar="K", help="combined features per class and batch (2)")
+    parser.add_argument("--classifier", choices=["soft", "mean"], default="mean", help="the soft view, or the mean of both (mean)")
+    args = common.parse(parser)
+    if args.class_specific and (args.base_to_new or args.transfer):
+        raise common.Problem("--class-specific has no context for classes that it did not learn: leave out --base-to-new and --transfer")
+    data, clip = common.load_data(args.dataset, args.data_root), common.load_clip(args)
+    for run in common.runs("mvp_mi", args, data, clip):
+        prompt = Prompt(clip, first_context(clip, args, run), args.position, run.data.template if args.classifier == "mean" else None)
+        log = common.load(run, prompt, args.load) if args.load else train(prompt, run, args)
+        run.finish(prompt, log)
+        print("  nearest words:", common.nearest_words(clip, prompt.v))
+
+
+if __name__ == "__main__":
+    with common.one_line_errors():
+        main()
