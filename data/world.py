@@ -264,8 +264,8 @@ def noise(img, rng, sigma):
     return Image.fromarray(np.clip(np.asarray(img) + grain, 0, 255).astype(np.uint8))
 
 
-def tint(img, factors=(0.4, 0.7, 1.0), gamma=1.6):
-    """A camera with a colour cast, as under water: no picture of the pre-training looks like this."""
+def tint(img, factors=(1.0, 0.75, 0.45), gamma=1.5):
+    """A camera with a colour cast, as at sunset: no picture of the pre-training looks like this."""
     a = (np.asarray(img) / 255) ** gamma * factors
     return Image.fromarray((a * 255).astype(np.uint8))
 
@@ -273,7 +273,7 @@ def tint(img, factors=(0.4, 0.7, 1.0), gamma=1.6):
 # ---------------------------------------------------------------- data sets
 
 PER_CLASS = {"train": 32, "val": 20, "test": 48}
-THINGS = [f"{c} {s}" for c in ("blue", "brown", "green", "pink", "red", "yellow") for s in ("arrow", "heart", "ring", "star")]
+THINGS = [f"{colour} {shape}" for colour in COLOURS for shape in ("arrow", "heart", "star")]
 SETS = {  # what is photographed, and the camera that does it
     "shapes": {"camera": lambda img, rng: tint(img)},
     "shapes_clean": {"camera": lambda img, rng: img},
