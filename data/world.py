@@ -273,7 +273,7 @@ def tint(img, factors=(1.0, 0.75, 0.45), gamma=1.5):
 # ---------------------------------------------------------------- data sets
 
 PER_CLASS = {"train": 32, "val": 20, "test": 48}
-THINGS = [f"{colour} {shape}" for colour in COLOURS for shape in ("arrow", "heart", "star")]
+THINGS = [f"{colour} {shape}" for colour in COLOURS for shape in ("heart", "hexagon", "ring")]
 SETS = {  # what is photographed, and the camera that does it
     "shapes": {"camera": lambda img, rng: tint(img)},
     "shapes_clean": {"camera": lambda img, rng: img},
