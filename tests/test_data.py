@@ -183,10 +183,9 @@ def test_the_catalogue_knows_the_papers_data_sets():
     assert all("{}" in spec["template"] for spec in CATALOGUE.values())
 
 
-def test_the_embedded_pictures_are_the_same_every_time(tmp_path, root):
+def test_the_embedded_pictures_are_the_same_every_time(tmp_path, monkeypatch):
     for place in ("a", "b"):
-        world.PER_CLASS.update(train=1, val=1, test=1)
+        monkeypatch.setattr(world, "PER_CLASS", {"train": 1, "val": 1, "test": 1})
         world.build(tmp_path / place, "scenes")
     a, b = (sorted((tmp_path / place).rglob("*.*")) for place in ("a", "b"))
     assert len(a) == 8 * 3 + 1 and [x.read_bytes() for x in a] == [x.read_bytes() for x in b]
-    world.PER_CLASS.update(train=20, val=2, test=8)
