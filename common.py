@@ -10,6 +10,7 @@ import difflib
 import functools
 import hashlib
 import io
+import itertools
 import json
 import math
 import os
@@ -29,6 +30,7 @@ import torch.nn.functional as F
 from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch.utils.checkpoint import checkpoint
 from torchvision.transforms import InterpolationMode, RandomHorizontalFlip, RandomResizedCrop, transforms
 from tqdm import tqdm
 
@@ -83,6 +85,7 @@ def flags(doc, lr, batch_size, n_ctx):
     p.add_argument("--lr", type=number(), default=lr, help=f"learning rate of SGD ({lr})")
     p.add_argument("--batch-size", type=count, default=batch_size, metavar="N", help=f"training images per step ({batch_size})")
     p.add_argument("--views", type=number(int, 0, low_ok=True), default=10, metavar="N", help="augmented views encoded once per training image; 0: new ones every epoch (10)")
+    p.add_argument("--class-chunk", type=count, default=128, metavar="N", help="classes per pass of the text tower; fewer need less memory, not less time (128)")
     p.add_argument("--device", choices=["cpu", "cuda"], help="(cuda where there is one)")
     p.add_argument("--precision", choices=["fp32", "amp"], help="amp: autocast to bf16, or fp16 where there is none (amp on cuda, fp32 on cpu)")
     p.add_argument("--cache", default=str(HERE / "data" / "cache"), metavar="DIR", help="where image features are kept (data/cache)")
@@ -100,8 +103,10 @@ def parse(parser, argv=None):
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     args.precision = args.precision or ("amp" if args.device == "cuda" else "fp32")
     args.pretrained = args.pretrained or ("" if ":" in args.backbone else "openai")
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise Problem("--device cuda: PyTorch sees no CUDA device here; leave the flag out to use the CPU")
+    if args.device == "cuda":
+        if not torch.cuda.is_available():
+            raise Problem("--device cuda: PyTorch sees no CUDA device here; leave the flag out to use the CPU")
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
     if args.save and len(args.shots) * len(args.seeds) > 1 and len({args.save.format(shots=a, seed=b) for a in args.shots for b in args.seeds}) == 1:
         raise Problem("--save: several runs would write one file; put {shots} and {seed} into its name")
     for file in filter(None, (args.out, args.save)):  # found out now rather than after the training
@@ -146,6 +151,7 @@ class Clip:
     device: str
     precision: str
     key: str            # stands for the image tower's weights and preprocessing in the cache
+    class_chunk: int = 128
     seconds: float = 0  # spent on encoding images
 
     def autocast(self):
@@ -187,7 +193,7 @@ def load_clip(args):
     digest = hashlib.blake2b(repr((preprocess, args.precision, args.device)).encode(), digest_size=16)
     for tensor in model.visual.state_dict().values():
         digest.update(tensor.cpu().contiguous().numpy())
-    return Clip(model, text, tokenizer, preprocess, augment, model.logit_scale.exp().item(), args.device, args.precision, digest.hexdigest())
+    return Clip(model, text, tokenizer, preprocess, augment, model.logit_scale.exp().item(), args.device, args.precision, digest.hexdigest(), args.class_chunk)
 
 
 def known(name):
@@ -344,23 +350,37 @@ def encode_text(clip, tails, head=None):
 
     Exact, but cheaper than CLIP's encode_text, since the tower is causal: what stands after the end-of-text token changes
     nothing, so prompts are cut to the longest instead of padded to 77; and the head's states do not depend on the class,
-    so they are computed once and every tail attends to them. Raises Problem if a prompt is longer than the tower holds."""
-    text, lengths = clip.text, torch.tensor([len(tail) for tail in tails], device=clip.device)
-    x = torch.nn.utils.rnn.pad_sequence(list(tails), batch_first=True)                       # (C, L, W)
-    h = x.new_zeros(0, x.shape[-1]) if head is None else head                                # (P, W)
-    p, length = len(h), x.shape[1]
-    if p + length > len(text.positional_embedding):
-        raise Problem(f"the longest prompt takes {p + length} tokens, CLIP reads {len(text.positional_embedding)}; --n-ctx can be smaller")
-    h, x = (h + text.positional_embedding[:p])[None], x + text.positional_embedding[p:p + length]
-    mask = torch.ones(length, p + length, dtype=torch.bool, device=x.device).tril(p)         # who may look at whom
-    for block in text.transformer.resblocks:
+    so they are computed once and every tail attends to them. More than --class-chunk classes are computed in chunks, whose
+    activations are not kept but computed again in the backward pass: memory stays flat as classes grow.
+    Raises Problem if a prompt is longer than the tower holds."""
+    text, p = clip.text, 0 if head is None else len(head)
+    longest = p + max(len(tail) for tail in tails)
+    if longest > len(text.positional_embedding):
+        raise Problem(f"the longest prompt takes {longest} tokens, CLIP reads {len(text.positional_embedding)}; --n-ctx can be smaller")
+    past = []                                                                                # of every block, (1, heads, P, W / heads)
+    if p:
+        h = (head + text.positional_embedding[:p])[None]                                     # (1, P, W)
+        for block in text.transformer.resblocks:
+            q, k, v = queries_keys_values(block, h)
+            h = finish_block(block, h, F.scaled_dot_product_attention(q, k, v, is_causal=True))
+            past += [k, v]
+    chunks = [tails[c:c + clip.class_chunk] for c in range(0, len(tails), clip.class_chunk)]
+    if len(chunks) == 1 or not torch.is_grad_enabled():
+        return torch.cat([encode_tails(text, p, past, *part) for part in chunks])
+    return torch.cat([checkpoint(encode_tails, text, p, past, *part, use_reentrant=False) for part in chunks])
+
+
+def encode_tails(text, p, past, *tails):
+    """The text tower on tails (L_c, W) behind P tokens whose keys and values of every block are `past` -> (C, D)."""
+    x = torch.nn.utils.rnn.pad_sequence(tails, batch_first=True)                             # (C, L, W)
+    x = x + text.positional_embedding[p:p + x.shape[1]]
+    mask = torch.ones(x.shape[1], p + x.shape[1], dtype=torch.bool, device=x.device).tril(p) # who may look at whom
+    for i, block in enumerate(text.transformer.resblocks):
         q, k, v = queries_keys_values(block, x)                                              # (C, heads, L, W / heads)
         if p:
-            head_q, head_k, head_v = queries_keys_values(block, h)                           # (1, heads, P, W / heads)
-            h = finish_block(block, h, F.scaled_dot_product_attention(head_q, head_k, head_v, is_causal=True))
-            k, v = (torch.cat([a.expand(len(x), -1, -1, -1), b], 2) for a, b in ((head_k, k), (head_v, v)))
+            k, v = (torch.cat([a.expand(len(x), -1, -1, -1), b], 2) for a, b in zip(past[2 * i:2 * i + 2], (k, v)))
         x = finish_block(block, x, F.scaled_dot_product_attention(q, k, v, attn_mask=mask))
-    x = text.ln_final(x[torch.arange(len(x), device=x.device), lengths - 1])                 # (C, W)
+    x = text.ln_final(x[torch.arange(len(x)), [len(tail) - 1 for tail in tails]])            # (C, W)
     x = text.text_projection(x) if isinstance(text.text_projection, torch.nn.Linear) else x @ text.text_projection
     return F.normalize(x.float(), dim=-1)
 
@@ -491,7 +511,12 @@ class Run:
 
 
 def runs(method, args, data, clip):
-    """Yields one Run for every number of shots and every seed, the random numbers seeded."""
+    """Yields one Run for every number of shots and every seed, the random numbers seeded.
+
+    Under torchrun, or in a Slurm array, the runs are dealt out: every process takes its share and adds to the same file."""
+    mine, processes = next(((int(os.environ[a]), int(os.environ[b])) for a, b in (("RANK", "WORLD_SIZE"), ("SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_COUNT"))
+                            if a in os.environ and b in os.environ), (0, 1))
+    mine, turn = (mine - int(os.environ.get("SLURM_ARRAY_TASK_MIN", 0))) % processes, itertools.count()
     others = [load_data(name, args.data_root) for name in args.transfer]  # what is missing is missed before the training
     if data.note:
         print(f"{data.name}: {data.note}")
@@ -502,6 +527,8 @@ def runs(method, args, data, clip):
         if shots > largest and not args.load:
             print(f"{data.name} has no class with {shots} training images: using the {largest} there are")
         for seed in args.seeds:
+            if next(turn) % processes != mine:
+                continue
             items, classnames = few_shot(data.train, shots, seed), data.classnames
             if args.base_to_new:
                 items, classnames = half(items, classnames, new=False)
@@ -549,3 +576,97 @@ def load(run, prompt, file):
         raise Problem(f"--load {file}: holds {found}, the flags given here (and the classes) ask for {shapes}")
     prompt.load_state_dict(tensors)
     return {"loaded": file}
+
+
+# ---------------------------------------------------------------- python common.py: the comparison
+
+def compare(file, markdown=False):
+    """Prints mean and standard deviation over seeds of all runs recorded in `file`, per data set, backbone and protocol."""
+    try:
+        lines = Path(file).read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError:
+        raise Problem(f"{file}: no results yet; every run of a method adds a line there") from None
+    records = []
+    for line in lines:
+        with contextlib.suppress(ValueError):  # a line that was cut short
+            records.append(json.loads(line))
+    plain = {"shots", "seeds", "transfer", "out", "cache", "save", "load", "data_root", "base_to_new", "dataset", "backbone", "pretrained", "device"}
+    values = {}
+    for r in records:
+        for flag, value in r["flags"].items():
+            values.setdefault((r["method"], flag), set()).add(str(value))
+    groups = {}
+    for r in records:  # flags that differ between runs of a method are part of its name; the last of equal runs counts
+        name = " ".join([r["method"], *(f"--{flag.replace('_', '-')} {value}" for flag, value in r["flags"].items() if flag not in plain and len(values[r["method"], flag]) > 1)])
+        group = groups.setdefault((r["dataset"], r["backbone"], r["protocol"]), {})
+        group.setdefault(name, {}).setdefault(r["shots"], {})[r["seed"]] = r
+    for (dataset, backbone, protocol), methods in sorted(groups.items()):
+        title, shots = f"{dataset}, {backbone}, {protocol}", sorted({n for runs in methods.values() for n in runs})
+        first = next(iter(next(iter(methods.values())).values()))
+        zero_shot = next(iter(first.values()))
+        if protocol == "few-shot":
+            rows = [["zero-shot", *[f"{zero_shot['zero_shot']:.1f}"] * len(shots)]]
+            rows += [[name, *(spread([r["accuracy"] for r in runs.get(n, {}).values()]) for n in shots)] for name, runs in methods.items()]
+            table(title, ["accuracy", *(f"{n} shots" for n in shots)], rows, markdown)
+        else:
+            columns = ["base", "new", "harmonic"]
+            rows = [["zero-shot", "", *(f"{zero_shot[f'zero_shot_{c}']:.1f}" for c in columns), ""]]
+            for name, runs in methods.items():
+                for n, seeds in sorted(runs.items()):
+                    gaps = [r["shift_after"]["gap"] for r in seeds.values() if "shift_after" in r]
+                    rows.append([name, str(n), *(spread([r[c] for r in seeds.values()]) for c in columns), f"{sum(gaps) / len(gaps):.2f}" if gaps else ""])
+            table(title, ["accuracy", "shots", *columns, "shift gap"], rows, markdown)
+        targets = sorted({t for runs in methods.values() for seeds in runs.values() for r in seeds.values() for t in r["transfer"]})
+        if targets:
+            rows = [["zero-shot", "", *(f"{zero_shot['transfer'][t]['zero_shot']:.1f}" if t in zero_shot["transfer"] else "" for t in targets)]]
+            rows += [[name, str(n), *(spread([r["transfer"][t]["accuracy"] for r in seeds.values() if t in r["transfer"]]) for t in targets)]
+                     for name, runs in methods.items() for n, seeds in sorted(runs.items())]
+            table(f"{title}, transfer", ["accuracy", "shots", *targets], rows, markdown)
+
+
+def spread(values):
+    """Mean ± standard deviation (over n - 1) as text."""
+    mean = sum(values) / max(1, len(values))
+    deviation = math.sqrt(sum((v - mean) ** 2 for v in values) / (len(values) - 1)) if len(values) > 1 else 0
+    return f"{mean:.1f} ± {deviation:.1f}" if len(values) > 1 else f"{mean:.1f}" if values else ""
+
+
+def table(title, header, rows, markdown):
+    widths = [max(len(row[k]) for row in [header, *rows]) for k in range(len(header))]
+    if markdown:
+        print(f"\n**{title}**\n")
+        for row in [header, ["---"] * len(header), *rows]:
+            print("| " + " | ".join(row) + " |")
+    else:
+        print(f"\n{title}")
+        for row in [header, *rows]:
+            print("  " + row[0].ljust(widths[0]), *(cell.rjust(width + 2) for cell, width in zip(row[1:], widths[1:])))
+
+
+def list_data(root):
+    """Prints for every data set of the catalogue whether it is there, its images per split, template and folder."""
+    for name, spec in CATALOGUE.items():
+        folder = Path(root) / spec["images"]
+        counts = "not there   "
+        if folder.is_dir() or spec["kind"] == "world":
+            try:
+                data = load_data(name, root)
+                counts = " ".join(f"{len(part):6d}" for part in (data.train, data.val, data.test)) + (f" ({data.note[:60]})" if data.note else "")
+            except Problem as problem:
+                counts = f"found, but {problem}"
+        print(f"{name:<16} {counts:<24} {spec['template']:<42} {folder}")
+
+
+def main():
+    p = Parser(description="Compares the recorded runs, or lists the data sets.")
+    p.add_argument("file", nargs="?", default="runs/results.jsonl", help="result lines (runs/results.jsonl)")
+    p.add_argument("--markdown", action="store_true", help="tables to paste into notes")
+    p.add_argument("--data", action="store_true", help="list the data sets instead: images in train, val, test, template, folder")
+    p.add_argument("--data-root", default=str(HERE / "data"), metavar="DIR", help="where they are looked for (data)")
+    args = p.parse_args()
+    list_data(args.data_root) if args.data else compare(args.file, args.markdown)
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        main()

@@ -11,6 +11,7 @@ from conftest import made_up_pictures
 
 import common
 import coop
+import prograd
 from data.files import Item
 
 PUBLISHED = json.loads((Path(__file__).parent / "few_shot.json").read_text())
@@ -78,6 +79,22 @@ def test_cut_and_shared_prompts_give_the_features_of_77_tokens(tiny, position, s
         prompts.append(torch.cat([start, words[:k], a, words[k:], b, end]))
     with torch.no_grad():
         assert (prompt.class_features(NAMES) - full_length(tiny, prompts)).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("script", [coop, prograd])
+def test_chunks_of_classes_change_neither_features_nor_gradients(tiny, monkeypatch, script):
+    names, v = common.name_tokens(tiny, [f"thing {k} of many" + " more" * (k % 3) for k in range(20)]), torch.randn(6, 80)
+    d, found = torch.randn(2, 20, 128), []
+    for chunk in (128, 20, 7, 1):
+        monkeypatch.setattr(tiny, "class_chunk", chunk)
+        prompt = script.Prompt(tiny, v.clone())
+        w = prompt(names)
+        both = torch.autograd.grad(w, prompt.v, d, is_grads_batched=True, retain_graph=True)[0]
+        w.backward(d[0])
+        found.append((w.detach(), prompt.v.grad, *both))
+        assert torch.allclose(both[0], prompt.v.grad, rtol=1e-5, atol=1e-6)
+    for other in found[1:]:
+        assert all((a - b).norm() < 1e-5 * a.norm() for a, b in zip(found[0], other))
 
 
 def test_template_features_are_open_clips(tiny):

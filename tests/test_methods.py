@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import subprocess
 import sys
 from argparse import Namespace
@@ -66,6 +67,15 @@ def test_as_a_command_in_another_folder(root, tmp_path):
     assert done.returncode == 0 and not done.stderr and "prograd" in done.stdout
     (line,) = (tmp_path / "runs/results.jsonl").read_text().splitlines()
     assert json.loads(line)["backbone"] == "data/tiny_clip"
+
+
+@pytest.mark.parametrize("rank, size", [("RANK", "WORLD_SIZE"), ("SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_COUNT")])
+def test_two_processes_share_the_runs_of_a_sweep_and_a_cold_cache(root, tmp_path, rank, size):
+    command = [sys.executable, HERE / "coop.py", "--epochs", "2", "--views", "1", "--shots", "1,2", "--seeds", "1,2", "--data-root", root, "--cache", tmp_path / "cache", "--out", tmp_path / "r.jsonl"]
+    both = [subprocess.Popen(command, env={**os.environ, rank: str(k), size: "2"}, stdout=subprocess.DEVNULL) for k in range(2)]
+    assert [process.wait() for process in both] == [0, 0]
+    records = [json.loads(line) for line in (tmp_path / "r.jsonl").read_text().splitlines()]
+    assert sorted((r["shots"], r["seed"]) for r in records) == [(1, 1), (1, 2), (2, 1), (2, 2)]
 
 
 @pytest.mark.parametrize("backbone, method", [("ViT-B-16", "prograd"), ("RN50", "coop")])
