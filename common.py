@@ -34,7 +34,7 @@ from torch.utils.checkpoint import checkpoint
 from torchvision.transforms import InterpolationMode, RandomHorizontalFlip, RandomResizedCrop, transforms
 from tqdm import tqdm
 
-from data.files import CATALOGUE, Data, Problem, load_data
+from data.files import CATALOGUE, Data, Problem, known, load_data
 
 HERE = Path(__file__).parent
 TINY_CLIP = f"local-dir:{HERE / 'data' / 'tiny_clip'}"
@@ -67,21 +67,25 @@ def several(kind):
     return parse
 
 
+def words(text):
+    """An argparse type: the words of a context, which may also be written a_photo_of_a."""
+    return " ".join(text.replace("_", " ").split())
+
+
 def flags(doc, lr, batch_size, n_ctx):
     """A parser with the flags that every method has; a method adds its own to it, then calls `parse`."""
-    count, name = number(int, 1, low_ok=True), lambda text: text
-    name.__name__ = "name"
+    count = number(int, 1, low_ok=True)
     p = Parser(description=doc.split("\n\n")[0], formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    p.add_argument("--dataset", default="shapes", metavar="NAME|PATH", help="a data set, or a folder with one sub-folder per class (shapes, which is embedded)")
+    p.add_argument("--dataset", type=known, default="shapes", metavar="NAME|PATH", help="a data set, or a folder with one sub-folder per class (shapes, which is embedded)")
     p.add_argument("--data-root", default=str(HERE / "data"), metavar="DIR", help="where the data sets are, in the layout of CoOp's users (data)")
     p.add_argument("--backbone", metavar="NAME", help="an open_clip model, or local-dir:PATH (embedded data: the tiny CLIP; else ViT-B-16)")
     p.add_argument("--pretrained", metavar="TAG", help="the weights' open_clip tag or file, or 'random' (openai)")
     p.add_argument("--shots", type=several(count), default=[4], metavar="N,...", help="training images per class (4)")
-    p.add_argument("--seeds", type=several(number(int, 0, low_ok=True)), default=[1], metavar="N,...", help="random seeds, one run each (1)")
+    p.add_argument("--seeds", type=several(number(int, 0, 2**31, low_ok=True)), default=[1], metavar="N,...", help="random seeds, one run each (1)")
     p.add_argument("--base-to-new", action="store_true", help="learn on the first half of the classes, test on both halves")
-    p.add_argument("--transfer", type=several(name), default=[], metavar="NAME,...", help="test what was learned on these data sets as well")
+    p.add_argument("--transfer", type=several(known), default=[], metavar="NAME,...", help="test what was learned on these data sets as well")
     p.add_argument("--n-ctx", type=count, default=n_ctx, metavar="N", help=f"learned context tokens ({n_ctx})")
-    p.add_argument("--epochs", type=count, metavar="N", help="passes over the training images (the paper's, by shots)")
+    p.add_argument("--epochs", type=count, metavar="N", help="passes over the training images (the method's, by shots)")
     p.add_argument("--lr", type=number(), default=lr, help=f"learning rate of SGD ({lr})")
     p.add_argument("--batch-size", type=count, default=batch_size, metavar="N", help=f"training images per step ({batch_size})")
     p.add_argument("--views", type=number(int, 0, low_ok=True), default=10, metavar="N", help="augmented views encoded once per training image; 0: new ones every epoch (10)")
@@ -107,11 +111,15 @@ def parse(parser, argv=None):
         if not torch.cuda.is_available():
             raise Problem("--device cuda: PyTorch sees no CUDA device here; leave the flag out to use the CPU")
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
-    if args.save and len(args.shots) * len(args.seeds) > 1 and len({args.save.format(shots=a, seed=b) for a in args.shots for b in args.seeds}) == 1:
+    try:
+        saved = [args.save.format(shots=shots, seed=seed) for shots in args.shots for seed in args.seeds] if args.save else []
+    except (KeyError, IndexError, ValueError):
+        raise Problem(f"--save {args.save}: only {{shots}} and {{seed}} are filled in") from None
+    if len(set(saved)) < len(saved):
         raise Problem("--save: several runs would write one file; put {shots} and {seed} into its name")
-    for file in filter(None, (args.out, args.save)):  # found out now rather than after the training
-        Path(file).parent.mkdir(parents=True, exist_ok=True)
-        if Path(file).is_dir() or not os.access(Path(file).parent, os.W_OK):
+    for file in map(Path, (args.out, *saved)):  # found out now rather than after the training
+        file.parent.mkdir(parents=True, exist_ok=True)
+        if file.is_dir() or not os.access(file if file.exists() else file.parent, os.W_OK):
             raise Problem(f"cannot write {file}")
     return args
 
@@ -155,7 +163,7 @@ class Clip:
     seconds: float = 0  # spent on encoding images
 
     def autocast(self):
-        dtype = torch.bfloat16 if self.device == "cpu" or torch.cuda.is_bf16_supported() else torch.float16
+        dtype = torch.bfloat16 if self.device == "cpu" or torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
         return torch.autocast(self.device, dtype, enabled=self.precision == "amp")
 
 
@@ -167,11 +175,11 @@ def load_clip(args):
         if name.startswith("local-dir:"):
             model, _, preprocess = open_clip.create_model_and_transforms(name, device=args.device, require_pretrained=True)
         elif tag == "random":
-            model, _, preprocess = open_clip.create_model_and_transforms(known(name), device=args.device, pretrained_text=False)
+            model, _, preprocess = open_clip.create_model_and_transforms(known_model(name), device=args.device, pretrained_text=False)
         else:
             # OpenAI's weights were trained with QuickGELU, which open_clip takes from the model's name and only warns
             # about: here the tag decides. A file has no tag, so that its model's name does.
-            spec = open_clip.get_pretrained_cfg(known(name), tag)
+            spec = open_clip.get_pretrained_cfg(known_model(name), tag)
             if not spec and not Path(tag).is_file():
                 raise Problem(f"--pretrained {tag}: {name} has {', '.join(open_clip.list_pretrained_tags_by_model(name)) or 'no tag'}, or give a file")
             model, _, preprocess = open_clip.create_model_and_transforms(name.removesuffix("-quickgelu") if spec else name, tag, device=args.device, require_pretrained=True,
@@ -196,7 +204,7 @@ def load_clip(args):
     return Clip(model, text, tokenizer, preprocess, augment, model.logit_scale.exp().item(), args.device, args.precision, digest.hexdigest(), args.class_chunk)
 
 
-def known(name):
+def known_model(name):
     if name not in open_clip.list_models():
         near = difflib.get_close_matches(name, open_clip.list_models(), n=3, cutoff=0.3)
         raise Problem(f"unknown backbone {name!r}: did you mean {' or '.join(near) or 'ViT-B-16'}? (or local-dir:PATH)")
@@ -311,6 +319,9 @@ def write_whole(file, tensors, metadata):
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, metadata)
         os.chmod(temporary, 0o644)
         os.replace(temporary, file)
+    except SafetensorError as error:  # how safetensors tells that the disk is full
+        os.unlink(temporary)
+        raise Problem(f"cannot write {file}: {error}") from None
     except BaseException:
         os.unlink(temporary)
         raise
@@ -354,9 +365,7 @@ def encode_text(clip, tails, head=None):
     activations are not kept but computed again in the backward pass: memory stays flat as classes grow.
     Raises Problem if a prompt is longer than the tower holds."""
     text, p = clip.text, 0 if head is None else len(head)
-    longest = p + max(len(tail) for tail in tails)
-    if longest > len(text.positional_embedding):
-        raise Problem(f"the longest prompt takes {longest} tokens, CLIP reads {len(text.positional_embedding)}; --n-ctx can be smaller")
+    check_length(clip, p + max(len(tail) for tail in tails))
     past = []                                                                                # of every block, (1, heads, P, W / heads)
     if p:
         h = (head + text.positional_embedding[:p])[None]                                     # (1, P, W)
@@ -385,6 +394,11 @@ def encode_tails(text, p, past, *tails):
     return F.normalize(x.float(), dim=-1)
 
 
+def check_length(clip, longest):
+    if longest > len(clip.text.positional_embedding):
+        raise Problem(f"the longest prompt takes {longest} tokens, CLIP reads {len(clip.text.positional_embedding)}: a smaller --n-ctx or shorter --ctx-init leaves more for the name")
+
+
 def queries_keys_values(block, x):
     """The first half of open_clip's ResidualAttentionBlock: (C, L, W) -> three of (C, heads, L, W / heads)."""
     qkv = F.linear(block.ln_1(x), block.attn.in_proj_weight, block.attn.in_proj_bias)
@@ -402,7 +416,7 @@ def nearest_words(clip, v):
     """For every context vector v (..., M, W) the vocabulary's nearest word, by Euclidean distance (CoOp, table 4)."""
     table = clip.text.token_embedding.weight
     known = table.abs().sum(-1) > 0  # the tiny CLIP has met only a few words
-    nearest = torch.cdist(v.flatten(0, -2).float(), table.float()).masked_fill(~known, math.inf).argmin(-1)
+    nearest = torch.cat([torch.cdist(some.float(), table.float()).masked_fill(~known, math.inf).argmin(-1) for some in v.flatten(0, -2).split(64)])
     return " ".join(clip.tokenizer.decoder[token].replace("</w>", "") for token in nearest.tolist())
 
 
@@ -433,9 +447,9 @@ class Run:
     features: torch.Tensor = None
 
     def plan(self, epoch):
-        """The batches of an epoch, [(rows (B,), views (B,))]: every training image once, shuffled, one random view of each.
+        """The batches of an epoch, [(rows (B,), views (B,))]: the training images, shuffled, one random view of each.
 
-        The last batch is dropped unless it is the only one, as in the authors' code."""
+        A last batch that is not full is dropped unless it is the only one, as in the authors' code."""
         rng = torch.Generator().manual_seed(1000003 * self.seed + epoch)
         n, size = len(self.items), self.args.batch_size
         order, views = torch.randperm(n, generator=rng), torch.randint(self.args.views or 1, (n,), generator=rng)
@@ -460,7 +474,7 @@ class Run:
         for (rows, views), pixels in zip(plan, loader):
             yield pixels[:, 0], self.labels[rows], rows, views
 
-    @property
+    @functools.cached_property
     def labels(self):
         return torch.tensor([item.label for item in self.items], device=self.clip.device)
 
@@ -490,7 +504,7 @@ class Run:
         for name, row in rows.items():
             print(f"  {name:<32} {row['zero_shot']:9.1f} {row['accuracy']:9.1f}", flush=True)
         record = {
-            "method": self.method, "dataset": data.name, "backbone": args.backbone.removeprefix(f"local-dir:{HERE}/"), "pretrained": args.pretrained,
+            "method": self.method, "dataset": data.name, "backbone": meaning(self)["backbone"], "pretrained": args.pretrained,
             "shots": self.shots, "seed": self.seed, "protocol": "base-to-new" if args.base_to_new else "few-shot", **record, **log,
             "parameters": sum(p.numel() for p in prompt.parameters()), "seconds": {"encoding": round(encoding, 2), "training": round(trained - self.started, 2), "all": round(ended - self.started, 2)},
             "versions": {"python": platform.python_version(), "torch": torch.__version__, "open_clip": open_clip.__version__},
@@ -516,7 +530,10 @@ def runs(method, args, data, clip):
     Under torchrun, or in a Slurm array, the runs are dealt out: every process takes its share and adds to the same file."""
     mine, processes = next(((int(os.environ[a]), int(os.environ[b])) for a, b in (("RANK", "WORLD_SIZE"), ("SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_COUNT"))
                             if a in os.environ and b in os.environ), (0, 1))
-    mine, turn = (mine - int(os.environ.get("SLURM_ARRAY_TASK_MIN", 0))) % processes, itertools.count()
+    mine = (mine - int(os.environ.get("SLURM_ARRAY_TASK_MIN", 0))) // int(os.environ.get("SLURM_ARRAY_TASK_STEP", 1)) % processes
+    turn = itertools.count()
+    if args.base_to_new and not all(half(data.test, data.classnames, new)[0] for new in (False, True)):
+        raise Problem(f"{args.dataset}: --base-to-new needs test images of both halves of the classes")
     others = [load_data(name, args.data_root) for name in args.transfer]  # what is missing is missed before the training
     if data.note:
         print(f"{data.name}: {data.note}")
@@ -532,6 +549,8 @@ def runs(method, args, data, clip):
             items, classnames = few_shot(data.train, shots, seed), data.classnames
             if args.base_to_new:
                 items, classnames = half(items, classnames, new=False)
+            if not items and not args.load:
+                raise Problem(f"{args.dataset} has no training images of the base classes")
             torch.manual_seed(seed)
             yield Run(method, args, clip, data, others, shots, seed, classnames, items, time.time())
 
@@ -554,24 +573,32 @@ def append_line(file, line):
 
 
 def save(run, prompt, file):
-    """What was learned, as safetensors, with the method and the flags that shape it in the metadata."""
-    flags = {key: value for key, value in vars(run.args).items() if isinstance(value, (int, str, float))}
-    write_whole(file, prompt.state_dict(), {"method": run.method, "dataset": run.data.name, "shots": str(run.shots), "seed": str(run.seed), "flags": json.dumps(flags)})
+    """What was learned, as safetensors, with the method and what its tensors are good for in the metadata."""
+    write_whole(file, prompt.state_dict(), {"method": run.method, "dataset": run.data.name, "shots": str(run.shots), "seed": str(run.seed), "meaning": json.dumps(meaning(run))})
+
+
+def meaning(run):
+    """The flags without which a saved prompt's tensors would mean something else."""
+    keys = ["pretrained", "position", "prompts", "towers", "depth"] + ["ctx_init"] * (run.method == "restore")
+    return {"backbone": run.args.backbone.removeprefix(f"local-dir:{HERE}/"), **{key: vars(run.args)[key] for key in keys if key in vars(run.args)}}
 
 
 def load(run, prompt, file):
     """Puts a saved prompt's tensors into `prompt`; raises Problem if it is of another method or shape."""
     try:
         with safe_open(file, "pt") as content:
-            tensors, method = {name: content.get_tensor(name) for name in content.keys()}, (content.metadata() or {}).get("method")
+            tensors, metadata = {name: content.get_tensor(name) for name in content.keys()}, content.metadata() or {}
     except FileNotFoundError:
         raise Problem(f"--load {file}: no such file") from None
     except (SafetensorError, OSError):
         raise Problem(f"--load {file}: not a safetensors file") from None
     shapes = {name: tuple(tensor.shape) for name, tensor in prompt.state_dict().items()}
     found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    if method != run.method:
-        raise Problem(f"--load {file}: was saved by {method or 'something else'}, not by {run.method}")
+    if metadata.get("method") != run.method:
+        raise Problem(f"--load {file}: was saved by {metadata.get('method', 'something else')}, not by {run.method}")
+    for key, value in json.loads(metadata["meaning"]).items():
+        if meaning(run).get(key) != value:
+            raise Problem(f"--load {file}: was learned with --{key.replace('_', '-')} {value}, not {meaning(run).get(key)}")
     if shapes != found:
         raise Problem(f"--load {file}: holds {found}, the flags given here (and the classes) ask for {shapes}")
     prompt.load_state_dict(tensors)
@@ -586,10 +613,14 @@ def compare(file, markdown=False):
         lines = Path(file).read_text(encoding="utf-8").splitlines()
     except FileNotFoundError:
         raise Problem(f"{file}: no results yet; every run of a method adds a line there") from None
+    except UnicodeDecodeError:
+        raise Problem(f"{file}: not a file of result lines") from None
     records = []
     for line in lines:
         with contextlib.suppress(ValueError):  # a line that was cut short
-            records.append(json.loads(line))
+            r = json.loads(line)
+            if isinstance(r, dict) and {"method", "dataset", "protocol", "shots", "seed", "flags"} <= set(r) and "loaded" not in r:
+                records.append(r)
     plain = {"shots", "seeds", "transfer", "out", "cache", "save", "load", "data_root", "base_to_new", "dataset", "backbone", "pretrained", "device"}
     values = {}
     for r in records:
@@ -613,7 +644,7 @@ def compare(file, markdown=False):
             rows = [["zero-shot", "", *(f"{zero_shot[f'zero_shot_{c}']:.1f}" for c in columns), ""]]
             for name, runs in methods.items():
                 for n, seeds in sorted(runs.items()):
-                    gaps = [r["shift_after"]["gap"] for r in seeds.values() if "shift_after" in r]
+                    gaps = [r["shift_after"]["gap"] for r in seeds.values() if r.get("shift_after")]
                     rows.append([name, str(n), *(spread([r[c] for r in seeds.values()]) for c in columns), f"{sum(gaps) / len(gaps):.2f}" if gaps else ""])
             table(title, ["accuracy", "shots", *columns, "shift gap"], rows, markdown)
         targets = sorted({t for runs in methods.values() for seeds in runs.values() for r in seeds.values() for t in r["transfer"]})
@@ -654,7 +685,7 @@ def list_data(root):
                 counts = " ".join(f"{len(part):6d}" for part in (data.train, data.val, data.test)) + (f" ({data.note[:60]})" if data.note else "")
             except Problem as problem:
                 counts = f"found, but {problem}"
-        print(f"{name:<16} {counts:<24} {spec['template']:<42} {folder}")
+        print(f"{name:<16} {counts:<22} {spec['template']:<42} {folder}")
 
 
 def main():

@@ -87,7 +87,7 @@ def train(prompt, run, args):
 
 def main():
     parser = common.flags(__doc__, lr=0.002, batch_size=32, n_ctx=16)
-    parser.add_argument("--ctx-init", default="", metavar="WORDS", help="start from these words, whose number replaces --n-ctx (noise)")
+    parser.add_argument("--ctx-init", type=common.words, default="", metavar="WORDS", help="start from these words, whose number replaces --n-ctx (noise)")
     parser.add_argument("--class-specific", action="store_true", help="learn one context per class instead of one for all")
     parser.add_argument("--position", choices=["end", "middle", "front"], default="end", help="where the class name stands (end)")
     args = common.parse(parser)

@@ -8,12 +8,14 @@ the visual modality makes the prompt robust on unseen classes. EVERYTHING BEYOND
     s_c   = w_c, h_c = g(template of c)                          the two views of class c -> Prompt, train
     L_nce = -1/2C sum_c [log softmax_c'(s_c . h_c' / t)_c + log softmax_c'(h_c . s_c' / t)_c]  -> info_nce
     I(S; H) >= log C - L_nce                                     the bound, in nats       -> train
-    f~    = sum_i a_i f(x_i), x_i of one class, a ~ Dirichlet    class-wise augmentation  -> augment
+    f~    = sum_i a_i f(x_i), four x_i of one class, a ~ Dirichlet(1)   augmentation      -> augment
     L     = -log p(y|x) over x and f~, + lambda L_nce                                     -> train
 
     t      the temperature of the bound, which also sets its pull: at 0.07 it is soon saturated, near log C
     f~     a convex combination of image features of the class (its shots and their augmented views), of length 1 again
-    At test time a class is its soft view, or the mean of both views (--classifier).
+    At test time a class is its soft view, or the mean of both views (--classifier); on other data sets the written view is
+    still the template of the data set that was learned from. The bound is one for classes drawn at random; here they are
+    all C of them, so read it as how well either view tells which class the other one means.
 
 The defaults were chosen on the validation images of `shapes`, base to new, 4 and 16 shots, seeds 1 to 3: lambda 1, 4, 16;
 t 0.07, 0.3, 1; 0, 2 and 8 combinations. lambda 1 at t 0.07 gave new classes the most (a softer t less, lambda 16 less);
@@ -84,7 +86,7 @@ def augment(features, labels, y, k, rng):
     for c in classes.tolist():
         own = features[labels == c].flatten(0, 1)                                     # (n V, D)
         some = own[torch.randint(len(own), (4,), generator=rng)]                      # (4, D)
-        a = -torch.rand(4, generator=rng).log()                                       # exponential draws, over their sum:
+        a = -torch.rand(4, generator=rng).clamp_min(1e-9).log()                       # exponential draws, over their sum:
         made.append((a / a.sum()).to(own.device) @ some)                              # uniform on the simplex, Dirichlet(1)
     return F.normalize(torch.stack(made), dim=-1), classes
 
@@ -120,7 +122,7 @@ def train(prompt, run, args):
 
 def main():
     parser = common.flags(__doc__, lr=0.002, batch_size=32, n_ctx=16)
-    parser.add_argument("--ctx-init", default="", metavar="WORDS", help="start from these words, whose number replaces --n-ctx (noise)")
+    parser.add_argument("--ctx-init", type=common.words, default="", metavar="WORDS", help="start from these words, whose number replaces --n-ctx (noise)")
     parser.add_argument("--class-specific", action="store_true", help="learn one context per class instead of one for all")
     parser.add_argument("--position", choices=["end", "middle", "front"], default="end", help="where the class name stands (end)")
     parser.add_argument("--mi-weight", type=common.number(low_ok=True), default=1.0, metavar="LAMBDA", help="of the mutual-information term (1)")

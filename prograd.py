@@ -13,7 +13,7 @@ zero-shot classifier. ProGrad lets a step through only as far as it does not und
 
     G_d, G_g   the gradients of L_d and L_g with respect to the context
     p_zs       the zero-shot prediction of the written template; p_T and p_zs have their logits divided by T
-    L_g        is KL(p_zs || p_T) but for p_zs's own entropy, which no gradient sees
+    L_g        is T^2 KL(p_zs || p_T) but for p_zs's own entropy, which no gradient sees; T is a temperature (1)
     lambda     1: the whole component of G_d against G_g is taken out
 
 Try first:  python prograd.py                           4 shots on the embedded data set, in seconds
@@ -53,7 +53,8 @@ class Prompt(torch.nn.Module):
 
 
 def first_context(clip, args, run):
-    """Where the context starts: the words before the name in ProGrad's template, right-aligned in M slots, zeros before."""
+    """Where the context starts: the words before the name in ProGrad's own template (the last M of them), right-aligned in
+    M slots, zeros before. The same template is the teacher's; the zero-shot accuracy that is printed is CoOp's template's."""
     words = args.ctx_init or run.data.prograd_template.split("{}")[0]
     v = torch.zeros(args.n_ctx, clip.text.token_embedding.embedding_dim, device=clip.device)
     words = common.embed(clip, common.tokenize(clip, words)[-args.n_ctx:])
@@ -104,7 +105,7 @@ def train(prompt, run, args):
 
 def main():
     parser = common.flags(__doc__, lr=0.002, batch_size=32, n_ctx=16)
-    parser.add_argument("--ctx-init", default="", metavar="WORDS", help="start from these words (those of the data set's template)")
+    parser.add_argument("--ctx-init", type=common.words, default="", metavar="WORDS", help="start from these words (those of the data set's template)")
     parser.add_argument("--class-specific", action="store_true", help="learn one context per class instead of one for all")
     parser.add_argument("--position", choices=["end", "middle", "front"], default="end", help="where the class name stands (end)")
     parser.add_argument("--projection", type=common.number(low_ok=True), default=1.0, metavar="LAMBDA", help="how much of a conflict is taken out (1)")

@@ -14,6 +14,7 @@ aligned falls apart: new classes suffer. RESTORE measures that movement, the fea
 
     h_l, h_l^0  the state of the token that a tower reads its feature from (class token, end token) after block l, with
                 and without the prompts; towers of different depth are paired at their last blocks
+    f           a tower's feature before it is brought to length 1; b its blend, 0.1 at the start; gamma a weight
     prompts     n tokens in each of the first D blocks: in the text tower they stand where words 1..n stood, in the vision
                 tower behind the patches; every block's replace those of the block before
 
@@ -40,7 +41,7 @@ class Surgery(torch.nn.Module):
     def __init__(self, dim):
         super().__init__()
         self.norm, self.up, self.down = torch.nn.LayerNorm(dim), torch.nn.Linear(dim, 4 * dim), torch.nn.Linear(4 * dim, dim)
-        torch.nn.init.zeros_(self.down.weight)  # A(f) = f at the start: the run begins at CLIP's own features
+        torch.nn.init.zeros_(self.down.weight)  # A(f) = f at the start: the surgery changes nothing before it has learned to
         torch.nn.init.zeros_(self.down.bias)
 
     def forward(self, f):
@@ -62,7 +63,8 @@ class Prompts(torch.nn.Module):
         blocks = min(len(clip.text.transformer.resblocks), len(visual.transformer.resblocks))
         if args.depth > blocks:
             print(f"--depth {args.depth}: the towers have {blocks} blocks in common, so {blocks}")
-        depth, n, noise = min(args.depth, blocks), args.n_ctx, lambda *shape: 0.02 * torch.randn(*shape, device=clip.device)
+            args.depth = blocks
+        depth, n, noise = args.depth, args.n_ctx, lambda *shape: 0.02 * torch.randn(*shape, device=clip.device)
         width_t, width_v = words.shape[1], visual.class_embedding.shape[0]
         self.words = words                                                               # (words, W_t)
         text = [words[:n].clone()] + [noise(n, width_t) for _ in range(depth - 1)] if args.towers != "vision" else []
@@ -88,6 +90,7 @@ class Prompts(torch.nn.Module):
         """Class features (C, D) and the end token's state after every block (C, blocks, W_t), through open_clip's blocks."""
         text, (start, end) = self.clip.text, common.start_end(self.clip)
         rows = [torch.cat([start, self.words, name, end]) for name, _ in names]          # C of (L_c, W_t)
+        common.check_length(self.clip, max(len(row) for row in rows))
         x, last = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True), torch.tensor([len(row) - 1 for row in rows])
         position, each = text.positional_embedding[:x.shape[1]], torch.arange(len(rows))
         x, states = x + position, []                                                     # (C, L, W_t)
@@ -130,13 +133,14 @@ class Prompts(torch.nn.Module):
         return self.operate(self.encode_image(pixels, self.visual())[0], "visual")
 
     def gram(self):
-        """|P^T P|_F of the prompts of blocks 2..D, the released code's stand-in for the shift: text (D - 1), vision (D - 1)."""
+        """|P^T P|_F (= |P P^T|_F) of the prompts of blocks 2..D, or of the only one: (D - 1) for text, (D - 1) for vision."""
         towers = [list(prompts)[1:] or list(prompts) for prompts in (self.text_prompts, self.visual())]
         return [torch.stack([(p @ p.T).norm() for p in tower]) if tower else torch.zeros(1) for tower in towers]
 
     @torch.no_grad()
     def raise_blends(self, shifts):
-        """Once in the training: each tower's blend grows with its shift (text, vision), so that more is operated on."""
+        """Once in the training: each tower's blend grows with its shift (text, vision; mean over the blocks of that epoch), so
+        that more is operated on. The released code takes the Gram norm itself here, not over its value at the start."""
         if self.shift == "gram":
             shifts = [g.mean() for g in self.gram()]
         self.blend += self.blend.new_tensor([0.02 * float(shifts[0]), 0.005 * float(shifts[1])])
@@ -164,7 +168,8 @@ def frozen_states(prompts, run, views=None):
     with clip.autocast():
         text = prompts.encode_text(common.name_tokens(clip, run.classnames), [])[1]
     flat = lambda pixels: prompts.encode_image(pixels, [])[1].flatten(1)
-    vision = common.encode_images(clip, run.items, run.args.cache, views, flat, "states of all blocks")
+    keep = run.args.cache if run.args.views else None                                    # new views every epoch: not worth it
+    vision = common.encode_images(clip, run.items, keep, views, flat, "states of all blocks")
     return text, vision.unflatten(-1, (len(clip.model.visual.transformer.resblocks), -1))
 
 
@@ -214,7 +219,7 @@ def train(prompts, run, args):
 
 def main():
     parser = common.flags(__doc__, lr=0.0035, batch_size=4, n_ctx=2)
-    parser.add_argument("--ctx-init", default="a photo of a", metavar="WORDS", help="stand before the name; the first --n-ctx are learned (a photo of a)")
+    parser.add_argument("--ctx-init", type=common.words, default="a photo of a", metavar="WORDS", help="stand before the name; the first --n-ctx are learned (a photo of a)")
     parser.add_argument("--depth", type=common.number(int, 1, low_ok=True), default=9, metavar="D", help="blocks with prompts, from the first (9)")
     parser.add_argument("--prompts", choices=["independent", "coupled"], default="independent", help="visual prompts of their own, or made from the text ones (independent)")
     parser.add_argument("--towers", choices=["both", "text", "vision"], default="both", help="where prompts are learned (both)")
@@ -229,12 +234,12 @@ def main():
     data, clip = common.load_data(args.dataset, args.data_root), common.load_clip(args)
     for run in common.runs("restore", args, data, clip):
         prompts = Prompts(clip, args)
-        before = measure(prompts, run)
+        before = measure(prompts, run) if run.items else {}                              # a data set for testing has none
         log = common.load(run, prompts, args.load) if args.load else train(prompts, run, args)
-        after = measure(prompts, run)
+        after = measure(prompts, run) if run.items else {}
         run.finish(prompts, {**log, "shift_before": before, "shift_after": after})
         for name, shift in (("before", before), ("after", after)):
-            for tower in ("text", "vision"):
+            for tower in [key for key in shift if key != "gap"]:
                 print(f"  shift {name:>6}, {tower:<6}", *(f"{value:6.3f}" for value in shift[tower]), f"  gap {shift['gap']:.3f}" if tower == "text" else "")
 
 

@@ -48,17 +48,22 @@ class Data:
     note: str = ""
 
 
+def known(name):
+    """The name, if it is a data set's or an existing folder's; else raises Problem, with the nearest names."""
+    if name not in CATALOGUE and not (name and Path(name).is_dir()):
+        near = difflib.get_close_matches(name, CATALOGUE, n=3, cutoff=0.4)
+        raise Problem(f"unknown data set {name!r}: {'did you mean ' + ' or '.join(near) + '?' if near else 'no such folder either;'}"
+                      f" known are {', '.join(CATALOGUE)}, or a folder with one sub-folder per class")
+    return name
+
+
 def load_data(name, root):
     """The data set `name` of the catalogue below folder `root`, or any folder with one sub-folder per class.
 
     Downloads what can be downloaded. Raises Problem: unknown name, missing files, split of the wrong form."""
     spec, root = CATALOGUE.get(name), Path(root)
     if spec is None:
-        if not Path(name).is_dir():
-            near = difflib.get_close_matches(name, CATALOGUE, n=3, cutoff=0.4)
-            raise Problem(f"unknown data set {name!r}: {'did you mean ' + ' or '.join(near) + '?' if near else 'no such folder either;'}"
-                          f" known are {', '.join(CATALOGUE)}, or a folder with one sub-folder per class")
-        spec, parts, note = {}, seeded_split(Path(name)), "seeded 50/20/30 split"
+        spec, parts, note = {}, seeded_split(Path(known(name))), "seeded 50/20/30 split"
     else:
         parts, note = READERS[spec["kind"]](name, spec, root)
     names = {}

@@ -3,10 +3,14 @@
 1  A training step of coop and prograd on cached features against a step that does what the authors' code does: encode the
    32 images with CLIP's image tower (with ProGrad, the same again for the zero-shot teacher) and run all 77 tokens of
    every class through the text tower. ViT-B-16 with random weights, EuroSAT's 10 classes, 16 context tokens, batch 32.
-2  Encoding JPEG files, decoding included, against bare model.encode_image on batches of the same size."""
+2  Encoding JPEG files, decoding included, against bare model.encode_image on batches of the same size.
+3  Peak memory and time of a training step of coop as classes grow, each in a process of its own. The authors' 77 tokens
+   of 1,000 classes do not fit into 24 GiB: their memory is extrapolated, in a straight line, from 50 and 100 classes."""
 
 import argparse
+import resource
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -38,13 +42,18 @@ def timed(function, times):
     return statistics.median(seconds)
 
 
-def authors_step(clip, pixels, y, v, zero_shot=None):
-    """One step as in the authors' repositories: images anew, 77 tokens; the second image tower is ProGrad's teacher's."""
+def full_length_features(clip, v, names):
+    """Class features as the authors compute them: every prompt padded to 77 tokens."""
     model, (start, end) = clip.model, common.start_end(clip)
-    prompts = [torch.cat([start, v, name, end]) for name, _ in common.name_tokens(clip, NAMES)]
+    prompts = [torch.cat([start, v, name, end]) for name, _ in common.name_tokens(clip, names)]
     x = torch.stack([F.pad(p, (0, 0, 0, 77 - len(p))) for p in prompts]) + model.positional_embedding
     x = model.ln_final(model.transformer(x, attn_mask=model.attn_mask))
-    w = F.normalize(x[torch.arange(len(prompts)), [len(p) - 1 for p in prompts]] @ model.text_projection, dim=-1)
+    return F.normalize(x[torch.arange(len(prompts)), [len(p) - 1 for p in prompts]] @ model.text_projection, dim=-1)
+
+
+def authors_step(clip, pixels, y, v, zero_shot):
+    """One step as in the authors' repositories: images anew, 77 tokens; the second image tower is ProGrad's teacher's."""
+    model, w = clip.model, full_length_features(clip, v, NAMES)
     f = model.encode_image(pixels, normalize=True)
     with torch.no_grad():
         teacher = model.encode_image(pixels, normalize=True) @ zero_shot.T
@@ -54,10 +63,34 @@ def authors_step(clip, pixels, y, v, zero_shot=None):
     return prograd.project(g_d, g_g)
 
 
+def grow(classes, chunk):
+    """In a process of its own: prints peak memory in MiB and seconds of a training step, cut and in chunks, or, with chunk 0, as the authors."""
+    flags = ["--backbone", "ViT-B-16", "--pretrained", "random", "--device", "cpu", "--out", f"{tempfile.gettempdir()}/unused.jsonl", "--class-chunk", str(chunk or 1)]
+    args = common.parse(common.flags("", lr=0.002, batch_size=32, n_ctx=16), flags)
+    clip, names = common.load_clip(args), [f"number {k}" for k in range(classes)]
+    clip.model.visual = None
+    f, y = F.normalize(torch.randn(32, 512), dim=-1), torch.randint(classes, (32,))
+    args.__dict__.update(epochs=1, ctx_init="", class_specific=False)
+    if chunk:
+        run = Namespace(clip=clip, classnames=names, batches=lambda epoch: [(f, y)])
+        prompt = coop.Prompt(clip, coop.first_context(clip, args, run))
+        seconds = timed(lambda: coop.train(prompt, run, args), 2)
+    else:
+        v = torch.randn(16, 512).requires_grad_()
+        start = time.perf_counter()
+        F.cross_entropy(clip.logit_scale * f @ full_length_features(clip, v, names).T, y).backward()
+        seconds = time.perf_counter() - start
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, seconds)
+
+
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--steps", type=int, default=5, help="steps of each kind (5)")
-    steps = p.parse_args().steps
+    p.add_argument("--grow", type=int, nargs=2, metavar=("CLASSES", "CHUNK"), help=argparse.SUPPRESS)
+    args = p.parse_args()
+    if args.grow:
+        return grow(*args.grow)
+    steps = args.steps
     flags = ["--backbone", "ViT-B-16", "--pretrained", "random", "--device", "cpu", "--out", f"{tempfile.gettempdir()}/unused.jsonl"]
     args = common.parse(common.flags("", lr=0.002, batch_size=32, n_ctx=16), flags)
     clip = common.load_clip(args)
@@ -83,6 +116,16 @@ def main():
             bare = timed(lambda: [clip.model.encode_image(batch) for batch in torch.randn(64, 3, 224, 224).split(32)], 3)
         files = timed(lambda: common.encode_images(clip, items, None), 3)
     print(f"encoding       {64 / files:.1f} JPEGs a second, {64 / bare:.1f} bare: {bare / files:.2f} of the throughput")
+
+    child = lambda *numbers: map(float, subprocess.run([sys.executable, __file__, "--grow", *map(str, numbers)], capture_output=True, text=True, check=True).stdout.split())
+    mib, each = {}, {}
+    for classes, chunk in ((100, 100), (1000, 100), (400, 100), (400, 400), (50, 0), (100, 0)):
+        mib[classes, chunk], seconds = child(classes, chunk)
+        each[classes, chunk] = 1000 * seconds / classes
+        print(f"{classes:5d} classes, {f'chunks of {chunk}' if chunk else '77 tokens each':<14} {mib[classes, chunk]:6.0f} MiB at most, {each[classes, chunk]:6.1f} ms a class")
+    authors = mib[100, 0] + (mib[100, 0] - mib[50, 0]) / 50 * 900
+    print(f"1000 classes need {mib[1000, 100] / mib[100, 100]:.2f} times the memory of 100 with the same chunk, {mib[1000, 100] / authors:.2f} of the authors' way ({authors:.0f} MiB, extrapolated);")
+    print(f"400 classes in chunks take {each[400, 100] / each[400, 400]:.2f} times the time of one piece")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,8 @@
 """What goes wrong, and what the user then sees: one line on stderr, status 2, nothing half-written."""
 
+import resource
+import signal
+
 import pytest
 from conftest import made_up_pictures
 
@@ -22,7 +25,8 @@ def refused(run, *words):
     (["--shots", "0"], ["--shots"]), (["--shots", "1,x"], ["--shots"]), (["--shots", "-4"], ["--shots"]), (["--seeds", ""], ["--seeds"]),
     (["--lr", "nan"], ["--lr"]), (["--lr", "-1"], ["--lr"]), (["--batch-size", "0"], ["--batch-size"]), (["--n-ctx", "76"], ["--n-ctx"]),
     (["--epochs", "1.5"], ["--epochs"]), (["--views", "-1"], ["--views"]), (["--device", "cuda"], ["--device"]), (["--position", "top"], ["--position"]),
-    (["--shot", "4"], ["--shot"]), (["--load", "/nowhere.safetensors"], ["/nowhere"]), (["--save", "x", "--seeds", "1,2"], ["{seed}"]),
+    (["--shot", "4"], ["--shot"]), (["--load", "/nowhere.safetensors"], ["/nowhere"]), (["--save", "x", "--seeds", "1,2"], ["{seed}"]), (["--save", "{shots}", "--shots", "1,2", "--seeds", "1,2"], ["{seed}"]),
+    (["--save", "a{b}"], ["--save"]), (["--seeds", "9" * 20], ["--seeds"]), (["--dataset", ""], ["shapes"]), (["--transfer", "scenes,"], ["unknown"]),
     (["--class-specific", "--base-to-new"], ["--class-specific"]), (["--ctx-init", "word " * 90], ["word"])])
 def test_flags(cli, flags, words):
     refused(cli("coop", "--epochs", 1, "--views", 1, *flags), *words)
@@ -74,7 +78,32 @@ def test_loading_what_is_not_a_prompt(cli, tmp_path):
     refused(cli("coop", load=file), "not a safetensors file")
     assert cli("coop", "--epochs", 1, "--views", 1, save=file).status == 0
     refused(cli("coop", "--n-ctx", 4, load=file), "(16, 80)", "(4, 80)")
+    refused(cli("coop", "--position", "front", load=file), "--position end")
     refused(cli("coop", load=tmp_path), str(tmp_path))
+
+
+def test_a_disk_that_is_too_small(cli, tmp_path):
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    old = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50000, limit[1]))
+    try:
+        run = cli("coop", "--epochs", 1, "--views", 1, cache=tmp_path / "cache")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+        signal.signal(signal.SIGXFSZ, old)
+    refused(run)
+    assert all(common.read_cache(file) is not None for file in (tmp_path / "cache").iterdir())  # what fitted, and no pieces
+
+
+@pytest.mark.parametrize("content", [b"123\n{}\n[1]\n{broken", b"\xff\xfe\x00"])
+def test_result_files_with_other_lines(tmp_path, content, monkeypatch, capsys):
+    (tmp_path / "r.jsonl").write_bytes(content)
+    monkeypatch.setattr("sys.argv", ["common.py", str(tmp_path / "r.jsonl")])
+    if b"123" in content:
+        common.main()
+    else:
+        with pytest.raises(common.Problem, match="result lines"):
+            common.main()
 
 
 def test_no_space_on_the_disk(cli, tmp_path, monkeypatch):
