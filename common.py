@@ -675,17 +675,22 @@ def table(title, header, rows, markdown):
 
 
 def list_data(root):
-    """Prints for every data set of the catalogue whether it is there, its images per split, template and folder."""
+    """Prints for every data set whether it is there, its images in train, val and test, its template and its folder.
+
+    Looks only: nothing is downloaded or drawn."""
     for name, spec in CATALOGUE.items():
-        folder = Path(root) / spec["images"]
-        counts = "not there   "
-        if folder.is_dir() or spec["kind"] == "world":
+        folder, counts = Path(root) / spec["images"], "not there"
+        if folder.is_dir() and "split" in spec and not (Path(root) / spec["split"]).exists():
+            counts = "no split file"
+        elif folder.is_dir():
             try:
                 data = load_data(name, root)
-                counts = " ".join(f"{len(part):6d}" for part in (data.train, data.val, data.test)) + (f" ({data.note[:60]})" if data.note else "")
+                counts = " ".join(f"{len(part):7d}" for part in (data.train, data.val, data.test))
             except Problem as problem:
-                counts = f"found, but {problem}"
-        print(f"{name:<16} {counts:<22} {spec['template']:<42} {folder}")
+                counts = str(problem)
+        elif spec["kind"] == "world":
+            counts = "drawn on first use"
+        print(f"{name:<16} {counts:<24} {spec['template']:<42} {folder}")
 
 
 def main():

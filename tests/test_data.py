@@ -4,6 +4,8 @@ import hashlib
 import http.server
 import io
 import json
+import resource
+import signal
 import tarfile
 import threading
 import zipfile
@@ -11,6 +13,7 @@ import zipfile
 import pytest
 from conftest import EUROSAT, made_up_pictures
 
+import common
 from data import files, world
 from data.files import CATALOGUE, Problem, load_data
 
@@ -116,6 +119,20 @@ def test_no_network_names_the_folder(tmp_path, server):
         load_data("eurosat", tmp_path / "root")
 
 
+def test_a_full_disk_ends_a_download_and_leaves_a_part_to_go_on_from(server, archive, tmp_path, monkeypatch, capsys):
+    publish(server, archive)
+    limit, old = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(archive) // 2, limit[1]))
+    try:
+        with pytest.raises(SystemExit) as stop, common.one_line_errors():
+            load_data("eurosat", tmp_path / "root")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+        signal.signal(signal.SIGXFSZ, old)
+    assert stop.value.code == 2 and len(capsys.readouterr().err.splitlines()) == 1
+    assert not (tmp_path / "root/eurosat").exists() and load_data("eurosat", tmp_path / "root").test
+
+
 @pytest.mark.parametrize("kind", ["zip", "tar"])
 def test_an_archive_cannot_write_outside_its_folder(tmp_path, kind):
     file = tmp_path / f"a.{kind}"
@@ -162,19 +179,46 @@ def test_aircraft_and_imagenet_layouts(tmp_path):
     assert data.classnames == ["707-320", "A 300"] or {i.classname for i in data.train + data.test} == {"707-320", "A 300"}
     assert data.train[0].path.is_file() and data.train[0].label == 1
 
-    names = "n01440764 tench\nn01443537 goldfish\nn01484850 great white shark\n"
+
+@pytest.fixture
+def imagenets(tmp_path):
+    """A data root with four classes of ImageNet, and variants of which one has two of them."""
+    names = "n01440764 tench\nn01443537 goldfish\nn01484850 great white shark\nn01491361 tiger shark\n"
     for place in ("imagenet", "imagenetv2", "imagenet-adversarial"):
         (tmp_path / place).mkdir()
         (tmp_path / place / "classnames.txt").write_text(names)
-    for k, folder in enumerate(("n01440764", "n01443537", "n01484850")):
+    for k, line in enumerate(names.splitlines()):
         for part in ("train", "val"):
-            made_up_pictures(tmp_path / "imagenet/images" / part / folder, 2)
+            made_up_pictures(tmp_path / "imagenet/images" / part / line.split()[0], 2)
         made_up_pictures(tmp_path / "imagenetv2/imagenetv2-matched-frequency-format-val" / str(k), 1)
-        if k != 1:
-            made_up_pictures(tmp_path / "imagenet-adversarial/imagenet-a" / folder, 1)
-    assert len(load_data("imagenet", tmp_path).test) == 6
-    assert [i.classname for i in load_data("imagenetv2", tmp_path).test] == ["tench", "goldfish", "great white shark"]
-    assert load_data("imagenet_a", tmp_path).classnames == ["tench", "great white shark"]
+        if k % 2 == 0:
+            made_up_pictures(tmp_path / "imagenet-adversarial/imagenet-a" / line.split()[0], 1)
+    return tmp_path
+
+
+def test_imagenet_and_its_variants(imagenets):
+    assert len(load_data("imagenet", imagenets).test) == 8
+    assert [i.classname for i in load_data("imagenetv2", imagenets).test] == ["tench", "goldfish", "great white shark", "tiger shark"]
+    assert load_data("imagenet_a", imagenets).classnames == ["tench", "great white shark"]
+    (imagenets / "imagenet/images/train/n01443537").rename(imagenets / "gone")
+    with pytest.raises(Problem, match="n01443537"):
+        load_data("imagenet", imagenets)
+
+
+def test_domain_generalisation_uses_the_names_of_the_variant(cli, imagenets, monkeypatch):
+    asked, original = [], common.template_features
+    monkeypatch.setattr(common, "template_features", lambda clip, template, names: asked.append(len(names)) or original(clip, template, names))
+    run = cli("coop", "--epochs", 1, "--views", 1, "--shots", 1, "--transfer", "imagenetv2,imagenet_a", dataset="imagenet", data_root=imagenets, backbone=common.TINY_CLIP)
+    assert run.status == 0 and asked == [4, 4, 2] and set(run.records[0]["transfer"]) == {"imagenetv2", "imagenet_a"}
+    assert cli("coop", dataset="imagenet_a", data_root=imagenets, backbone=common.TINY_CLIP).err == "coop.py: imagenet_a has no training images; it is for --transfer or --load\n"
+
+
+def test_list_of_data_sets(imagenets, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["common.py", "--data", "--data-root", str(imagenets)])
+    common.main()
+    lines = {line.split()[0]: line for line in capsys.readouterr().out.splitlines()}
+    assert set(lines) == set(CATALOGUE) and lines["imagenet"].split()[1:4] == ["8", "0", "8"] and "not there" in lines["dtd"]
+    assert "drawn on first use" in lines["shapes"] and not (imagenets / "shapes").exists()
 
 
 def test_the_catalogue_knows_the_papers_data_sets():
