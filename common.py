@@ -413,7 +413,7 @@ def finish_block(block, x, attended):
 
 @torch.no_grad()
 def nearest_words(clip, v):
-    """For every context vector v (..., M, W) the vocabulary's nearest word, by Euclidean distance (CoOp, table 4)."""
+    """For every context vector v (..., M, W) the vocabulary's nearest word, by Euclidean distance, as CoOp interprets its prompts."""
     table = clip.text.token_embedding.weight
     known = table.abs().sum(-1) > 0  # the tiny CLIP has met only a few words
     nearest = torch.cat([torch.cdist(some.float(), table.float()).masked_fill(~known, math.inf).argmin(-1) for some in v.flatten(0, -2).split(64)])

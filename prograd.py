@@ -72,7 +72,7 @@ def losses(logits, zero_shot, y, temperature=1.0):
 
 
 def project(g_d, g_g, strength=1.0):
-    """Equation 5: G_d without its component against G_g. Returns the gradient to use and the cosine of the two."""
+    """The gradient used, G: G_d without its component against G_g. Returns the gradient to use and the cosine of the two."""
     dot = (g_d * g_g).sum()
     g = g_d if dot >= 0 else g_d - strength * dot / (g_g * g_g).sum() * g_g
     return g, dot / (g_d.norm() * g_g.norm()).clamp_min(1e-20)
