@@ -638,7 +638,7 @@ def compare(file, markdown=False):
         if protocol == "few-shot":
             rows = [["zero-shot", *[f"{zero_shot['zero_shot']:.1f}"] * len(shots)]]
             rows += [[name, *(spread([r["accuracy"] for r in runs.get(n, {}).values()]) for n in shots)] for name, runs in methods.items()]
-            table(title, ["accuracy", *(f"{n} shots" for n in shots)], rows, markdown)
+            table(title, ["accuracy", *(f"{n} shot{'s' * (n > 1)}" for n in shots)], rows, markdown)
         else:
             columns = ["base", "new", "harmonic"]
             rows = [["zero-shot", "", *(f"{zero_shot[f'zero_shot_{c}']:.1f}" for c in columns), ""]]
