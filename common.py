@@ -628,7 +628,8 @@ def compare(file, markdown=False):
             values.setdefault((r["method"], flag), set()).add(str(value))
     groups = {}
     for r in records:  # flags that differ between runs of a method are part of its name; the last of equal runs counts
-        name = " ".join([r["method"], *(f"--{flag.replace('_', '-')} {value}" for flag, value in r["flags"].items() if flag not in plain and len(values[r["method"], flag]) > 1)])
+        name = " ".join([r["method"], *(f"--{flag.replace('_', '-')} {value}" for flag, value in r["flags"].items()
+                                                   if flag not in plain and value is not None and len(values[r["method"], flag]) > 1)])
         group = groups.setdefault((r["dataset"], r["backbone"], r["protocol"]), {})
         group.setdefault(name, {}).setdefault(r["shots"], {})[r["seed"]] = r
     for (dataset, backbone, protocol), methods in sorted(groups.items()):
