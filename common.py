@@ -113,7 +113,7 @@ def parse(parser, argv=None):
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
     try:
         saved = [args.save.format(shots=shots, seed=seed) for shots in args.shots for seed in args.seeds] if args.save else []
-    except (KeyError, IndexError, ValueError):
+    except (KeyError, IndexError, AttributeError, ValueError):
         raise Problem(f"--save {args.save}: only {{shots}} and {{seed}} are filled in") from None
     if len(set(saved)) < len(saved):
         raise Problem("--save: several runs would write one file; put {shots} and {seed} into its name")
@@ -596,7 +596,7 @@ def load(run, prompt, file):
     found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     if metadata.get("method") != run.method:
         raise Problem(f"--load {file}: was saved by {metadata.get('method', 'something else')}, not by {run.method}")
-    for key, value in json.loads(metadata["meaning"]).items():
+    for key, value in json.loads(metadata.get("meaning", "{}")).items():
         if meaning(run).get(key) != value:
             raise Problem(f"--load {file}: was learned with --{key.replace('_', '-')} {value}, not {meaning(run).get(key)}")
     if shapes != found:

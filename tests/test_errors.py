@@ -26,7 +26,7 @@ def refused(run, *words):
     (["--lr", "nan"], ["--lr"]), (["--lr", "-1"], ["--lr"]), (["--batch-size", "0"], ["--batch-size"]), (["--n-ctx", "76"], ["--n-ctx"]),
     (["--epochs", "1.5"], ["--epochs"]), (["--views", "-1"], ["--views"]), (["--device", "cuda"], ["--device"]), (["--position", "top"], ["--position"]),
     (["--shot", "4"], ["--shot"]), (["--load", "/nowhere.safetensors"], ["/nowhere"]), (["--save", "x", "--seeds", "1,2"], ["{seed}"]), (["--save", "{shots}", "--shots", "1,2", "--seeds", "1,2"], ["{seed}"]),
-    (["--save", "a{b}"], ["--save"]), (["--seeds", "9" * 20], ["--seeds"]), (["--dataset", ""], ["shapes"]), (["--transfer", "scenes,"], ["unknown"]),
+    (["--save", "a{b}"], ["--save"]), (["--save", "a{shots.b}"], ["--save"]), (["--seeds", "9" * 20], ["--seeds"]), (["--dataset", ""], ["shapes"]), (["--transfer", "scenes,"], ["unknown"]),
     (["--class-specific", "--base-to-new"], ["--class-specific"]), (["--ctx-init", "word " * 90], ["word"])])
 def test_flags(cli, flags, words):
     refused(cli("coop", "--epochs", 1, "--views", 1, *flags), *words)
