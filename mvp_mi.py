@@ -45,17 +45,13 @@ class Prompt(torch.nn.Module):
         self.template = template                                                      # of the classifier's second view, if any
 
     def forward(self, names):
-        """Class features w (C, D), of length 1. `names`: for each class the embeddings of [name_c, "."] and its length."""
+        """Class features w (C, D), of length 1. `names`: of each class the embeddings of [name_c, "."], and name_c's length."""
         start, end = common.start_end(self.clip)                                      # (1, W) each
-        m = {"end": self.v.shape[-2], "middle": self.v.shape[-2] // 2, "front": 0}[self.position]
-        heads, tails = [], []
-        for c, (name, n) in enumerate(names):                                         # name (n + 1, W)
-            v = self.v if self.v.ndim == 2 else self.v[c]                             # (M, W)
-            heads.append(torch.cat([start, v[:m]]) if c == 0 or self.v.ndim == 3 else heads[0])
-            tails.append(torch.cat([name[:n], v[m:], name[n:], end]))
-        if self.v.ndim == 2:                                                          # one head for all classes
-            return common.encode_text(self.clip, tails, heads[0])
-        return common.encode_text(self.clip, [torch.cat(both) for both in zip(heads, tails)])
+        v = self.v.expand(len(names), -1, -1)                                         # (C, M, W)
+        m = {"end": v.shape[1], "middle": v.shape[1] // 2, "front": 0}[self.position]  # how much of it is before the name
+        prompts = [torch.cat([start, v_c[:m], name[:n], v_c[m:], name[n:], end])      # C of (L_c, W)
+                   for v_c, (name, n) in zip(v, names)]
+        return common.encode_text(self.clip, prompts, shared=1 + m if self.v.ndim == 2 else 0)
 
     def class_features(self, classnames):
         """Class features of any classes, for evaluation: (C, D)."""
@@ -65,15 +61,12 @@ class Prompt(torch.nn.Module):
         return w
 
 
-def first_context(clip, args, run):
+def first_context(run, args):
     """Where the context starts: Gaussian noise of standard deviation 0.02, or words (then M is their number)."""
+    clip, copies = run.clip, [len(run.classnames)] if args.class_specific else []
     if args.ctx_init:
-        v = common.embed(clip, common.tokenize(clip, args.ctx_init))
-    else:
-        v = 0.02 * torch.randn(args.n_ctx, clip.text.token_embedding.embedding_dim, device=clip.device)
-    if args.class_specific:
-        v = v.repeat(len(run.classnames), 1, 1) if args.ctx_init else 0.02 * torch.randn(len(run.classnames), *v.shape, device=clip.device)
-    return v
+        return common.embed(clip, args.ctx_init).repeat(*copies, 1, 1)
+    return 0.02 * torch.randn(*copies, args.n_ctx, clip.text.token_embedding.embedding_dim, device=clip.device)
 
 
 def info_nce(s, h, t):
@@ -94,52 +87,50 @@ def augment(features, labels, y, k, rng):
 
 
 def train(prompt, run, args):
-    """Learns the context in place; returns a dict of what happened, by epoch."""
+    """Learns the context in place."""
     clip, names = run.clip, common.name_tokens(run.clip, run.classnames)
     optimizer = torch.optim.SGD(prompt.parameters(), args.lr, momentum=0.9, weight_decay=5e-4)
     epochs = args.epochs or common.default_epochs(run)
     h = common.template_features(clip, run.data.template, run.classnames)             # (C, D), the written view
     rng = torch.Generator().manual_seed(run.seed)
-    log = {"loss": [], "bound": []}                                                   # bound: log C - L_nce, in nats
     for epoch in common.progress(range(epochs), desc="training", unit="epoch"):
         optimizer.param_groups[0]["lr"] = common.learning_rate(epoch, epochs, args.lr)
-        rows = []
         for f, y in run.batches(epoch):                                               # (B, D), (B)
             with clip.autocast():
                 w = prompt(names)                                                     # (C, D), once for the whole batch
             if args.augment:
                 more_f, more_y = augment(run.features, run.labels, y, args.augment, rng)
                 f, y = torch.cat([f, more_f]), torch.cat([y, more_y])
+            logits = clip.logit_scale * f @ w.T                                       # (B, C)
             l_nce = info_nce(w, h, args.mi_temperature)
-            loss = F.cross_entropy(clip.logit_scale * f @ w.T, y) + args.mi_weight * l_nce
+            loss = F.cross_entropy(logits, y) + args.mi_weight * l_nce
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            rows.append([loss.item(), math.log(len(h)) - l_nce.item()])
-        for key, values in zip(log, zip(*rows)):
-            log[key].append(sum(values) / len(values))
-    log["log_C"] = math.log(len(h))                                                   # the largest value the bound can take
-    return log
+            run.log(epoch, loss=loss, bound=math.log(len(h)) - l_nce)                     # in nats, log C at most
 
 
 def main():
     parser = common.flags(__doc__, lr=0.002, batch_size=32, n_ctx=16)
-    parser.add_argument("--ctx-init", type=common.words, default="", metavar="WORDS", help="start from these words, whose number replaces --n-ctx (noise)")
+    parser.add_argument("--ctx-init", type=common.words, default="", metavar="WORDS",
+                        help="start from these words, whose number replaces --n-ctx (noise)")
     parser.add_argument("--class-specific", action="store_true", help="learn one context per class instead of one for all")
-    parser.add_argument("--position", choices=["end", "middle", "front"], default="end", help="where the class name stands (end)")
-    parser.add_argument("--mi-weight", type=common.number(low_ok=True), default=1.0, metavar="LAMBDA", help="of the mutual-information term (1)")
+    parser.add_argument("--position", choices=["end", "middle", "front"], default="end",
+                        help="where the class name stands (end)")
+    parser.add_argument("--mi-weight", type=common.number(low_ok=True), default=1.0, metavar="LAMBDA",
+                        help="of the mutual-information term (1)")
     parser.add_argument("--mi-temperature", type=common.number(), default=0.07, metavar="T", help="of the bound (0.07)")
-    parser.add_argument("--augment", type=common.number(int, 0, low_ok=True), default=2, metavar="K", help="combined features per class and batch (2)")
+    parser.add_argument("--augment", type=common.number(int, 0, low_ok=True), default=2, metavar="K",
+                        help="combined features per class and batch (2)")
     parser.add_argument("--classifier", choices=["soft", "mean"], default="mean", help="the soft view, or the mean of both (mean)")
     args = common.parse(parser)
-    if args.class_specific and (args.base_to_new or args.transfer):
-        raise common.Problem("--class-specific has no context for classes that it did not learn: leave out --base-to-new and --transfer")
-    data, clip = common.load_data(args.dataset, args.data_root), common.load_clip(args)
-    for run in common.runs("mvp_mi", args, data, clip):
-        prompt = Prompt(clip, first_context(clip, args, run), args.position, run.data.template if args.classifier == "mean" else None)
-        log = common.load(run, prompt, args.load) if args.load else train(prompt, run, args)
-        run.finish(prompt, log)
-        print("  nearest words:", common.nearest_words(clip, prompt.v))
+    for run in common.runs(__file__, args):
+        template = run.data.template if args.classifier == "mean" else None
+        prompt = Prompt(run.clip, first_context(run, args), args.position, template)
+        if not run.load(prompt):
+            train(prompt, run, args)
+        run.finish(prompt, log_C=math.log(len(run.classnames)))
+        print("  nearest words:", common.nearest_words(run.clip, prompt.v))
 
 
 if __name__ == "__main__":

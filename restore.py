@@ -40,8 +40,9 @@ class Surgery(torch.nn.Module):
 
     def __init__(self, dim):
         super().__init__()
-        self.norm, self.up, self.down = torch.nn.LayerNorm(dim), torch.nn.Linear(dim, 4 * dim), torch.nn.Linear(4 * dim, dim)
-        torch.nn.init.zeros_(self.down.weight)  # A(f) = f at the start: the surgery changes nothing before it has learned to
+        self.norm = torch.nn.LayerNorm(dim)
+        self.up, self.down = torch.nn.Linear(dim, 4 * dim), torch.nn.Linear(4 * dim, dim)
+        torch.nn.init.zeros_(self.down.weight)  # so that A(f) = f at the start
         torch.nn.init.zeros_(self.down.bias)
 
     def forward(self, f):
@@ -54,29 +55,28 @@ class Prompts(torch.nn.Module):
 
     def __init__(self, clip, args):
         super().__init__()
-        self.clip, self.shift = clip, args.shift
-        visual, words = clip.model.visual, common.embed(clip, common.tokenize(clip, args.ctx_init))
-        if not hasattr(visual, "class_embedding") or not hasattr(visual, "ln_pre"):
-            raise common.Problem("--backbone: RESTORE puts prompts into the blocks of a vision transformer; this image tower is another (try ViT-B-16)")
-        if args.n_ctx > len(words):
-            raise common.Problem(f"--n-ctx {args.n_ctx}: the prompts of the first block replace words of --ctx-init, which has {len(words)} tokens")
-        blocks = min(len(clip.text.transformer.resblocks), len(visual.transformer.resblocks))
-        if args.depth > blocks:
-            print(f"--depth {args.depth}: the towers have {blocks} blocks in common, so {blocks}")
-            args.depth = blocks
-        depth, n, noise = args.depth, args.n_ctx, lambda *shape: 0.02 * torch.randn(*shape, device=clip.device)
-        width_t, width_v = words.shape[1], visual.class_embedding.shape[0]
-        self.words = words                                                               # (words, W_t)
-        text = [words[:n].clone()] + [noise(n, width_t) for _ in range(depth - 1)] if args.towers != "vision" else []
-        self.text_prompts = torch.nn.ParameterList(text)                                 # D of (n, W_t)
+        self.clip, self.shift, self.words = clip, args.shift, common.embed(clip, args.ctx_init)      # (words, W_t)
+        tower, n = clip.model.visual, args.n_ctx
+        if not hasattr(tower, "class_embedding") or not hasattr(tower, "ln_pre"):
+            raise common.Problem("--backbone: RESTORE's prompts go into the blocks of a vision transformer (try ViT-B-16)")
+        if n > len(self.words):
+            raise common.Problem(f"--n-ctx {n}: the prompts replace words of --ctx-init, which has {len(self.words)} tokens")
+        depth = min(args.depth, len(clip.text.transformer.resblocks), len(tower.transformer.resblocks))
+        if depth < args.depth:
+            print(f"--depth {args.depth}: the towers have {depth} blocks in common, so {depth}")
+            args.depth = depth
+        noise = lambda *shape: 0.02 * torch.randn(*shape, device=clip.device)
+        width_t, width_v = self.words.shape[1], len(tower.class_embedding)
+        text = [self.words[:n].clone()] + [noise(n, width_t) for _ in range(depth - 1)]
+        self.text_prompts = torch.nn.ParameterList(text if args.towers != "vision" else [])          # D of (n, W_t)
         if args.prompts == "coupled":
             self.projections = torch.nn.ModuleList(torch.nn.Linear(width_t, width_v) for _ in range(depth))
         else:
-            self.visual_prompts = torch.nn.ParameterList([noise(n, width_v) for _ in range(depth)] if args.towers != "text" else [])
+            visual = [noise(n, width_v) for _ in range(depth)] if args.towers != "text" else []
+            self.visual_prompts = torch.nn.ParameterList(visual)                                     # D of (n, W_v)
         self.register_buffer("blend", torch.tensor([args.blend, args.blend]))
         if args.blend:
-            dim = clip.model.visual.output_dim
-            self.text_surgery, self.visual_surgery = Surgery(dim), Surgery(dim)
+            self.text_surgery, self.visual_surgery = Surgery(tower.output_dim), Surgery(tower.output_dim)
         self.to(clip.device)
         self.gram_at_start = [g.detach() for g in self.gram()]
 
@@ -89,31 +89,34 @@ class Prompts(torch.nn.Module):
     def encode_text(self, names, prompts):
         """Class features (C, D) and the end token's state after every block (C, blocks, W_t), through open_clip's blocks."""
         text, (start, end) = self.clip.text, common.start_end(self.clip)
-        rows = [torch.cat([start, self.words, name, end]) for name, _ in names]          # C of (L_c, W_t)
-        common.check_length(self.clip, max(len(row) for row in rows))
-        x, last = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True), torch.tensor([len(row) - 1 for row in rows])
-        position, each = text.positional_embedding[:x.shape[1]], torch.arange(len(rows))
-        x, states = x + position, []                                                     # (C, L, W_t)
-        for i, block in enumerate(text.transformer.resblocks):
-            if i < len(prompts):
-                p = prompts[i] + position[1:1 + len(prompts[i])] if i == 0 else prompts[i]
-                x = torch.cat([x[:, :1], p.expand(len(x), -1, -1).to(x.dtype), x[:, 1 + len(p):]], 1)
-            x = block(x, attn_mask=text.attn_mask[:x.shape[1], :x.shape[1]])
-            states.append(x[each, last])
-        w = text.ln_final(states[-1]) @ text.text_projection
-        return w, torch.stack(states, 1)
+
+        def encode(rows):
+            x, last = common.pad(rows)                                                # (C, L, W_t), (C,)
+            position, each, states = text.positional_embedding[:x.shape[1]], torch.arange(len(x)), []
+            x = x + position
+            for i, block in enumerate(text.transformer.resblocks):
+                if i < len(prompts):
+                    p = prompts[i] + position[1:1 + len(prompts[i])] if i == 0 else prompts[i]
+                    x = torch.cat([x[:, :1], p.expand(len(x), -1, -1).to(x.dtype), x[:, 1 + len(p):]], 1)
+                x = block(x, attn_mask=text.attn_mask[:x.shape[1], :x.shape[1]])
+                states.append(x[each, last])                                          # (C, W_t)
+            return common.project(text, states[-1]), torch.stack(states, 1)
+
+        rows = [torch.cat([start, self.words, name, end]) for name, _ in names]       # C of (L_c, W_t)
+        common.check_length(self.clip, rows)
+        return common.in_chunks(self.clip, encode, rows)
 
     def encode_image(self, pixels, prompts):
         """Image features (B, D) and the class token's state after every block (B, blocks, W_v). pixels (B, 3, H, W)."""
         visual, states = self.clip.model.visual, []
-        x = visual.conv1(pixels).flatten(2).transpose(1, 2)                              # (B, patches, W_v)
+        x = visual.conv1(pixels).flatten(2).transpose(1, 2)                           # (B, patches, W_v)
         x = torch.cat([visual.class_embedding.expand(len(x), 1, -1).to(x.dtype), x], 1) + visual.positional_embedding
         end = x.shape[1]
         for i, block in enumerate(visual.transformer.resblocks):
             if i < len(prompts):
                 x = torch.cat([x[:, :end], prompts[i].expand(len(x), -1, -1).to(x.dtype)], 1)
             x = block(visual.ln_pre(x) if i == 0 else x)
-            states.append(x[:, 0])
+            states.append(x[:, 0])                                                    # (B, W_v)
         f = visual._pool(x[:, :end])[0] @ visual.proj
         return f, torch.stack(states, 1)
 
@@ -139,8 +142,9 @@ class Prompts(torch.nn.Module):
 
     @torch.no_grad()
     def raise_blends(self, shifts):
-        """Once in the training: each tower's blend grows with its shift (text, vision; mean over the blocks of that epoch), so
-        that more is operated on. The released code takes the Gram norm itself here, not over its value at the start."""
+        """Once in the training: each tower's blend grows with its shift (text, vision), so that more is operated on.
+
+        The released code takes the Gram norm itself here, not over its value at the start."""
         if self.shift == "gram":
             shifts = [g.mean() for g in self.gram()]
         self.blend += self.blend.new_tensor([0.02 * float(shifts[0]), 0.005 * float(shifts[1])])
@@ -152,7 +156,7 @@ def feature_shift(states, frozen):
 
 
 def consistency(prompts, shift_t, shift_v):
-    """L_fs of the two towers' shifts (blocks_t), (blocks_v), paired at the last blocks; or the released code's."""
+    """L_fs of the two towers' shifts (blocks_t), (blocks_v), paired at their last blocks; or the released code's."""
     if prompts.shift == "gram":
         text, vision = (g / start for g, start in zip(prompts.gram(), prompts.gram_at_start))
         return (text - vision).square().sum()
@@ -162,20 +166,20 @@ def consistency(prompts, shift_t, shift_v):
 
 @torch.no_grad()
 def frozen_states(prompts, run, views=None):
-    """What the shift is measured from, computed once: the end token's states of the classes (C, blocks, W_t), and the
-    class token's of the training images, (N, blocks, W_v), or of their augmented `views`, (N, V, blocks, W_v)."""
+    """What the shift is measured from: the classes' states without prompts (C, blocks, W_t), and those of the training
+    images, (N, blocks, W_v), or of their augmented `views`, (N, V, blocks, W_v)."""
     clip = run.clip
     with clip.autocast():
         text = prompts.encode_text(common.name_tokens(clip, run.classnames), [])[1]
     flat = lambda pixels: prompts.encode_image(pixels, [])[1].flatten(1)
-    keep = run.args.cache if run.args.views else None                                    # new views every epoch: not worth it
+    keep = run.args.cache if run.args.views else None                                 # new views every epoch: not worth it
     vision = common.encode_images(clip, run.items, keep, views, flat, "states of all blocks")
     return text, vision.unflatten(-1, (len(clip.model.visual.transformer.resblocks), -1))
 
 
 @torch.no_grad()
 def measure(prompts, run):
-    """The paper's diagnostic, on the training images as they are: shift per block of both towers, and the gap between them."""
+    """The paper's diagnostic, on the training images as they are: shift per block of both towers, and the gap between."""
     clip, (text_0, vision_0) = run.clip, frozen_states(prompts, run)
     with clip.autocast():
         text = prompts.encode_text(common.name_tokens(clip, run.classnames), prompts.text_prompts)[1]
@@ -183,64 +187,67 @@ def measure(prompts, run):
     vision = common.encode_images(clip, run.items, None, None, flat).view_as(vision_0)
     shift_t, shift_v = feature_shift(text, text_0), feature_shift(vision, vision_0)
     m = min(len(shift_t), len(shift_v))
-    return {"text": shift_t.tolist(), "vision": shift_v.tolist(), "gap": (shift_v[-m:] - shift_t[-m:]).abs().mean().item()}
+    gap = (shift_v[-m:] - shift_t[-m:]).abs().mean()
+    return {"text": shift_t.tolist(), "vision": shift_v.tolist(), "gap": gap.item()}
 
 
 def train(prompts, run, args):
-    """Learns the prompts in place; returns a dict of what happened, by epoch."""
+    """Learns the prompts in place."""
     clip, names = run.clip, common.name_tokens(run.clip, run.classnames)
     optimizer = torch.optim.SGD(prompts.parameters(), args.lr, momentum=0.9, weight_decay=5e-4)
     epochs = args.epochs or 10
-    log = {"loss": [], "consistency": [], "shift_text": [], "shift_vision": []}
-    text_0, vision_0 = frozen_states(prompts, run, run.views(0))                         # (C, blocks, W_t), (N, V, blocks, W_v)
+    text_0, vision_0 = frozen_states(prompts, run, run.views(0))                      # (C, blocks, W_t), (N, V, blocks, W_v)
     for epoch in common.progress(range(epochs), desc="training", unit="epoch"):
         optimizer.param_groups[0]["lr"] = common.learning_rate(epoch, epochs, args.lr)
         if not args.views:
             vision_0 = frozen_states(prompts, run, run.views(epoch))[1]
-        rows = []
-        for pixels, y, images, views in run.pixel_batches(epoch):                        # (B, 3, H, W), (B), (B), (B)
+        for pixels, y, images, views in run.pixel_batches(epoch):                     # (B, 3, H, W), (B), (B), (B)
             with clip.autocast():
-                w, text = prompts.encode_text(names, prompts.text_prompts)               # (C, D), (C, blocks, W_t)
-                f, vision = prompts.encode_image(pixels, prompts.visual())               # (B, D), (B, blocks, W_v)
+                w, text = prompts.encode_text(names, prompts.text_prompts)            # (C, D), (C, blocks, W_t)
+                f, vision = prompts.encode_image(pixels, prompts.visual())            # (B, D), (B, blocks, W_v)
                 w, f = prompts.operate(w, "text"), prompts.operate(f, "visual")
+            logits = clip.logit_scale * f @ w.T                                       # (B, C)
             shift_t, shift_v = feature_shift(text, text_0), feature_shift(vision, vision_0[images, views])
             l_fs = consistency(prompts, shift_t, shift_v)
-            loss = F.cross_entropy(clip.logit_scale * f @ w.T, y) + args.shift_weight * l_fs
+            loss = F.cross_entropy(logits, y) + args.shift_weight * l_fs
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            rows.append([loss.detach(), l_fs.detach(), shift_t.detach(), shift_v.detach()])
-        for key, values in zip(log, zip(*rows)):
-            log[key].append(torch.stack(values).mean(0).tolist())
+            run.log(epoch, loss=loss, consistency=l_fs, shift_text=shift_t, shift_vision=shift_v)
         if args.blend and epoch + 1 == max(1, round(epochs / 3)):
-            prompts.raise_blends([sum(log[key][-1]) / len(log[key][-1]) for key in ("shift_text", "shift_vision")])
-    return log
+            shifts = [run.history()[tower][-1] for tower in ("shift_text", "shift_vision")]          # this epoch's, by block
+            prompts.raise_blends([sum(shift) / len(shift) for shift in shifts])
 
 
 def main():
     parser = common.flags(__doc__, lr=0.0035, batch_size=4, n_ctx=2)
-    parser.add_argument("--ctx-init", type=common.words, default="a photo of a", metavar="WORDS", help="stand before the name; the first --n-ctx are learned (a photo of a)")
-    parser.add_argument("--depth", type=common.number(int, 1, low_ok=True), default=9, metavar="D", help="blocks with prompts, from the first (9)")
-    parser.add_argument("--prompts", choices=["independent", "coupled"], default="independent", help="visual prompts of their own, or made from the text ones (independent)")
+    parser.add_argument("--ctx-init", type=common.words, default="a photo of a", metavar="WORDS",
+                        help="stand before the name; the first --n-ctx are learned (a photo of a)")
+    parser.add_argument("--depth", type=common.number(int, 1, low_ok=True), default=9, metavar="D",
+                        help="blocks with prompts, from the first (9)")
+    parser.add_argument("--prompts", choices=["independent", "coupled"], default="independent",
+                        help="visual prompts of their own, or made from the text ones (independent)")
     parser.add_argument("--towers", choices=["both", "text", "vision"], default="both", help="where prompts are learned (both)")
-    parser.add_argument("--shift", choices=["features", "gram"], default="features", help="measured on features, or the released code's stand-in (features)")
-    parser.add_argument("--shift-weight", type=common.number(low_ok=True), default=10.0, metavar="GAMMA", help="of the consistency loss; 0: off (10)")
-    parser.add_argument("--blend", type=common.number(low_ok=True), default=0.1, metavar="B", help="of the surgery blocks at the start; 0: none (0.1)")
+    parser.add_argument("--shift", choices=["features", "gram"], default="features",
+                        help="measured on features, or the released code's stand-in (features)")
+    parser.add_argument("--shift-weight", type=common.number(low_ok=True), default=10.0, metavar="GAMMA",
+                        help="of the consistency loss; 0: off (10)")
+    parser.add_argument("--blend", type=common.number(low_ok=True), default=0.1, metavar="B",
+                        help="of the surgery blocks at the start; 0: none (0.1)")
     args = common.parse(parser)
-    if args.prompts == "coupled" and args.towers != "both":
-        raise common.Problem(f"--prompts coupled makes the visual prompts from the text ones: it needs both towers, not --towers {args.towers}")
-    if args.shift == "gram" and args.towers != "both":
-        raise common.Problem(f"--shift gram compares the prompts of both towers: with --towers {args.towers} it has one")
-    data, clip = common.load_data(args.dataset, args.data_root), common.load_clip(args)
-    for run in common.runs("restore", args, data, clip):
-        prompts = Prompts(clip, args)
-        before = measure(prompts, run) if run.items else {}                              # a data set for testing has none
-        log = common.load(run, prompts, args.load) if args.load else train(prompts, run, args)
+    if args.towers != "both" and (args.prompts == "coupled" or args.shift == "gram"):
+        raise common.Problem(f"--prompts coupled and --shift gram need prompts in both towers, not --towers {args.towers}")
+    for run in common.runs(__file__, args):
+        prompts = Prompts(run.clip, args)
+        before = measure(prompts, run) if run.items else {}                           # a data set for testing has none
+        if not run.load(prompts):
+            train(prompts, run, args)
         after = measure(prompts, run) if run.items else {}
-        run.finish(prompts, {**log, "shift_before": before, "shift_after": after})
+        run.finish(prompts, shift_before=before, shift_after=after)
         for name, shift in (("before", before), ("after", after)):
             for tower in [key for key in shift if key != "gap"]:
-                print(f"  shift {name:>6}, {tower:<6}", *(f"{value:6.3f}" for value in shift[tower]), f"  gap {shift['gap']:.3f}" if tower == "text" else "")
+                print(f"  shift {name:>6}, {tower:<6}", *(f"{value:6.3f}" for value in shift[tower]),
+                      f"  gap {shift['gap']:.3f}" if tower == "text" else "")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
 """Where the pictures of a data set lie and what they show: split files, folders, downloads.
 
-`catalogue.json` holds the facts (folders, templates, addresses); here is one reader per kind of layout. Everything that a
-user can mend is raised as `Problem`, in one line that names the thing and the way out."""
+`catalogue.json` holds the facts (folders, templates, addresses); here is one reader per kind of layout."""
 
 import contextlib
 import difflib
@@ -24,15 +23,12 @@ from PIL import Image
 from tqdm import tqdm
 
 from data import world
+from data.errors import Problem
 
 CATALOGUE = json.loads((Path(__file__).parent / "catalogue.json").read_text(encoding="utf-8"))
 DRIVE = "https://drive.google.com/uc?export=download&id="
 FOLDER_TEMPLATE = "a photo of a {}."
 Item = namedtuple("Item", "path label classname")
-
-
-class Problem(Exception):
-    """Something that the user can mend; the message is the one line that says what and how."""
 
 
 @dataclass
@@ -78,6 +74,25 @@ def load_data(name, root):
     template = spec.get("template", FOLDER_TEMPLATE)
     return Data(name, [names[label] for label in range(len(names))], template, spec.get("prograd_template", template),
                 parts["train"], parts["val"], parts["test"], note)
+
+
+def list_data(root):
+    """Prints for every data set whether it is there, its images in train, val and test, its template and its folder.
+
+    Looks only: nothing is downloaded or drawn."""
+    for name, spec in CATALOGUE.items():
+        folder, counts = Path(root) / spec["images"], "not there"
+        if folder.is_dir() and "split" in spec and not (Path(root) / spec["split"]).exists():
+            counts = "no split file"
+        elif folder.is_dir():
+            try:
+                data = load_data(name, root)
+                counts = " ".join(f"{len(part):7d}" for part in (data.train, data.val, data.test))
+            except Problem as problem:
+                counts = str(problem)
+        elif spec["kind"] == "world":
+            counts = "drawn on first use"
+        print(f"{name:<16} {counts:<24} {spec['template']:<42} {folder}")
 
 
 # ---------------------------------------------------------------- one reader per layout: (name, spec, root) -> parts, note

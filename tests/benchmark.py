@@ -14,14 +14,13 @@ import subprocess
 import sys
 import tempfile
 import time
-from argparse import Namespace
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
 sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent)]
-from conftest import made_up_pictures
+from conftest import made_up_pictures, made_up_run
 
 import common
 import coop
@@ -72,8 +71,8 @@ def grow(classes, chunk):
     f, y = F.normalize(torch.randn(32, 512), dim=-1), torch.randint(classes, (32,))
     args.__dict__.update(epochs=1, ctx_init="", class_specific=False)
     if chunk:
-        run = Namespace(clip=clip, classnames=names, batches=lambda epoch: [(f, y)])
-        prompt = coop.Prompt(clip, coop.first_context(clip, args, run))
+        run = made_up_run(clip, names, "a photo of a {}.", [(f, y)], args)
+        prompt = coop.Prompt(clip, coop.first_context(run, args))
         seconds = timed(lambda: coop.train(prompt, run, args), 2)
     else:
         v = torch.randn(16, 512).requires_grad_()
@@ -102,9 +101,8 @@ def main():
     args.__dict__.update(epochs=1, ctx_init="", class_specific=False, projection=1.0, temperature=1.0)
     seconds = {"authors' way": timed(lambda: authors_step(clip, pixels, y, torch.randn(16, 512).mul(0.02).requires_grad_(), zero_shot), max(2, steps // 2))}
     for script in (coop, prograd):
-        data = common.Data("eurosat", NAMES, template, template, [], [], [])
-        run = Namespace(clip=clip, classnames=NAMES, data=data, batches=lambda epoch: [(f, y)] * steps)
-        prompt = script.Prompt(clip, script.first_context(clip, args, run))
+        run = made_up_run(clip, NAMES, template, [(f, y)] * steps, args)
+        prompt = script.Prompt(clip, script.first_context(run, args))
         seconds[script.__name__] = timed(lambda: script.train(prompt, run, args), 3) / steps  # noqa: B023
     authors = seconds["authors' way"]
     for name, each in seconds.items():

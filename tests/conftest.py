@@ -51,6 +51,14 @@ def tiny():
     return common.load_clip(common.parse(common.flags("", 1, 1, 1), ["--device", "cpu", "--out", "/tmp/unused.jsonl"]))
 
 
+def made_up_run(clip, names, template, batches, args):
+    """A Run whose batches are given: `batches`, a list of what run.batches (or run.pixel_batches) yields in every epoch."""
+    data = common.Data("made up", names, template, template, [], [], [])
+    run = common.Run("", args, clip, data, [], 1, 1, names, [])
+    run.batches = run.pixel_batches = lambda epoch: batches
+    return run
+
+
 def made_up_pictures(folder, count, size=64, seed=0, ending="jpg"):
     """`count` pictures of noise below `folder`, as a list of paths."""
     rng, folder = random.Random(f"{folder.name}{seed}"), Path(folder)

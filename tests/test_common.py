@@ -8,11 +8,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import made_up_pictures
+from PIL import Image
 
 import common
 import coop
 import prograd
 from data.files import Item
+from data.results import append_line
 
 PUBLISHED = json.loads((Path(__file__).parent / "few_shot.json").read_text())
 
@@ -121,7 +123,7 @@ def encoded(clip, monkeypatch, *args):
 
 def test_image_features_are_clips_own(tiny, tmp_path):
     paths = made_up_pictures(tmp_path / "a", 3)
-    expected = [tiny.model.encode_image(tiny.preprocess(common.Image.open(path))[None], normalize=True)[0] for path in paths]
+    expected = [tiny.model.encode_image(tiny.preprocess(Image.open(path))[None], normalize=True)[0] for path in paths]
     found = common.encode_images(tiny, [Item(path, 0, "") for path in paths], None)
     assert (found - torch.stack(expected)).abs().max() < 1e-5
 
@@ -157,7 +159,7 @@ def test_views_do_not_depend_on_the_place_or_company_of_a_picture(tiny, tmp_path
 
 def test_lines_are_added_whole(tmp_path):
     file = tmp_path / "a.jsonl"
-    common.append_line(file, "1")
+    append_line(file, "1")
     file.write_bytes(file.read_bytes() + b'{"cut sh')
-    common.append_line(file, "2")
+    append_line(file, "2")
     assert file.read_text().splitlines() == ["1", '{"cut sh', "2"] and os.path.getsize(file) == 13

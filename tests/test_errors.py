@@ -8,7 +8,9 @@ from conftest import made_up_pictures
 
 import common
 import coop
+from data import images
 from data.files import CATALOGUE
+from data.images import read_cache
 
 
 def refused(run, *words):
@@ -92,7 +94,7 @@ def test_a_disk_that_is_too_small(cli, tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
         signal.signal(signal.SIGXFSZ, old)
     refused(run)
-    assert all(common.read_cache(file) is not None for file in (tmp_path / "cache").iterdir())  # what fitted, and no pieces
+    assert all(read_cache(file) is not None for file in (tmp_path / "cache").iterdir())  # what fitted, and no pieces
 
 
 @pytest.mark.parametrize("content", [b"123\n{}\n[1]\n{broken", b"\xff\xfe\x00"])
@@ -110,7 +112,7 @@ def test_no_space_on_the_disk(cli, tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device", "the cache")
 
-    monkeypatch.setattr(common, "save_file", full)
+    monkeypatch.setattr(images, "save_file", full)
     refused(cli("coop", "--epochs", 1, "--views", 1, cache=tmp_path / "cache"), "No space left")
     assert not list((tmp_path / "cache").iterdir())
 

@@ -14,6 +14,7 @@ import open_clip
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import made_up_run
 
 import common
 
@@ -62,18 +63,19 @@ def follow_context(method, config, arrays, monkeypatch):
     names, y = config["classnames"], torch.tensor(config["labels"])
     x = np.random.RandomState(config["image_seed"]).standard_normal((len(y), 3, config["image_size"], config["image_size"]))
     f = F.normalize(clip.model.encode_image(torch.from_numpy(x.astype(np.float32))), dim=-1)
-    data = common.Data("reference", names, config["template"], config["template"], [], [], [])
-    run = Namespace(clip=clip, classnames=names, data=data, batches=lambda epoch: [(f, y)])
     monkeypatch.setattr(common, "learning_rate", lambda epoch, epochs, lr: lr)
 
     def learn(steps):
         args = Namespace(lr=config["lr"], epochs=steps, n_ctx=config["n_ctx"], ctx_init=config["context_words"], class_specific=config["class_specific"],
                          projection=config["projection_strength"], temperature=config["temperature"])
-        v = script.first_context(clip, args, run)
+        run = made_up_run(clip, names, config["template"], [(f, y)], args)
+        v = script.first_context(run, args)
         if config["context_seed"] is not None:
             v = torch.from_numpy(0.02 * np.random.RandomState(config["context_seed"]).standard_normal(tuple(v.shape)).astype(np.float32))
         prompt = script.Prompt(clip, v, config["class_token_position"])
-        return prompt, script.train(prompt, run, args) if steps else {}
+        if steps:
+            script.train(prompt, run, args)
+        return prompt, run.history()
 
     logits = lambda prompt: clip.logit_scale * f @ prompt.class_features(names).T
     start, (end, log) = learn(0)[0], learn(config["steps"])
@@ -108,7 +110,7 @@ def follow_restore(method, config, arrays, monkeypatch):
 
     def learn(steps):
         batch = torch.from_numpy(x), y, torch.arange(len(y)), torch.zeros(len(y), dtype=torch.long)
-        run = Namespace(clip=clip, classnames=names, items=None, views=lambda epoch: [0], pixel_batches=lambda epoch: [batch] * steps)
+        run = made_up_run(clip, names, "", [batch] * steps, args)
         prompts = script.Prompts(clip, args)
         prompts.blend[1] = config["blend_visual"]
         with torch.no_grad():
@@ -119,7 +121,9 @@ def follow_restore(method, config, arrays, monkeypatch):
                     prompts.get_parameter(name).copy_(torch.from_numpy(value.astype(np.float32)))
         assert {name for name, _ in prompts.named_parameters()} == set(config["parameters"])
         prompts.gram_at_start = [g.detach() for g in prompts.gram()]
-        return prompts, script.train(prompts, run, args) if steps else {}
+        if steps:
+            script.train(prompts, run, args)
+        return prompts, run.history()
 
     start = learn(0)[0]
     close(start.text_prompts[0], arrays["text_prompts_0_initial"], 1e-4, "first text prompt")
