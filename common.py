@@ -26,7 +26,7 @@ from torch.utils.checkpoint import checkpoint
 from torchvision.transforms import InterpolationMode, RandomHorizontalFlip, RandomResizedCrop, transforms
 from tqdm import tqdm
 
-from data import results
+from data import pictures, results
 from data.errors import Parser, Problem, number, one_line_errors, several, words  # noqa: F401, the scripts use them from here
 from data.files import CATALOGUE, Data, known, list_data, load_data
 from data.images import cached, load_pixels
@@ -488,7 +488,7 @@ def main():
     records = results.read(args.file)
     results.tables(records, args.markdown)
     if args.plot:
-        results.pictures(records, Path(args.file).parent)
+        pictures.draw(records, Path(args.file).parent)
 
 
 if __name__ == "__main__":

@@ -1,15 +1,12 @@
-"""What a run leaves behind, a line of results and a file of what was learned; and all lines together as tables and pictures."""
+"""What a run leaves behind, a line of results and a file of what was learned; and all lines together as tables."""
 
 import contextlib
-import io
 import json
 import math
 import os
-import re
 import sys
 from pathlib import Path
 
-import torch
 from safetensors import SafetensorError, safe_open
 
 from data.errors import Problem
@@ -154,149 +151,3 @@ def table(title, header, rows, markdown):
         row = [cell[:len(cell) - len(cell.lstrip())] + bold[0] + cell.lstrip() + bold[1] if can and value and f"{value[0]:.1f}" == f"{top:.1f}" else cell
                for cell, value, top in zip(row, values, best)]
         print(f"| {' | '.join(row)} |" if markdown else "  " + " ".join(row))
-
-
-# ---------------------------------------------------------------- pictures: one per question
-
-NAMES = {"coop": "CoOp", "prograd": "ProGrad", "mvp_mi": "MVP-MI", "restore": "RESTORE"}
-# Colours that the colour-blind tell apart (Okabe and Ito); marker and dashes differ as well, for print in grey.
-STYLES = [("#D55E00", "o", "-"), ("#0072B2", "s", "--"), ("#009E73", "^", "-."), ("#000000", "D", ":"), ("#E69F00", "v", (0, (5, 1))),
-          ("#CC79A7", "P", (0, (3, 1, 1, 1))), ("#56B4E9", "X", (0, (1, 1))), ("#999999", "<", (0, (8, 3))), ("#F0E442", ">", (0, (2, 4)))]
-
-
-def pictures(groups, folder):
-    """Draws, as far as the runs can answer: accuracy over shots, base against new, ProGrad's conflicts, RESTORE's gap against
-    its gain, MVP-MI's bound. Prints the question and file of each; raises Problem if matplotlib is missing."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise Problem("--plot needs matplotlib: pip install matplotlib") from None
-    backbones = {dataset: {b for d, b, _ in groups if d == dataset} for dataset, _, _ in groups}
-    for (dataset, backbone, protocol), methods in groups.items():
-        place = dataset if len(backbones[dataset]) == 1 else f"{dataset}, {backbone}"
-        for draw in (accuracy_over_shots, base_against_new, conflicts, gap_against_gain, bound):
-            figure = Figure(figsize=(7.2, 4.3), dpi=130, layout="constrained")
-            question = draw(figure, methods, protocol)
-            if question:
-                figure.suptitle(f"{question}\n", fontsize=11)
-                figure.text(0.5, 0.925, f"{place}, {protocol}", ha="center", fontsize=9, color="#555555")
-                part = "" if protocol in draw.__doc__ else f"-{protocol}"
-                file = Path(folder) / re.sub(r"[^\w.-]+", "_", f"{place}-{draw.__name__}{part}.png".replace("_", "-"))
-                image = io.BytesIO()
-                figure.savefig(image, metadata={"Software": None})
-                file.write_bytes(image.getvalue())
-                print(f"{file}: {question}")
-
-
-def styled(methods):
-    """(label, runs, colour, marker, dashes) of every name, the four methods always alike."""
-    order = [*NAMES, *(label for label in methods if label not in NAMES)]
-    for label, runs in methods.items():
-        method, *flags = label.split(" ", 1)
-        yield (" ".join([NAMES.get(method, method), *flags]), runs, *STYLES[order.index(label) % len(STYLES)])
-
-
-def accuracy_over_shots(figure, methods, protocol):
-    """few-shot: mean and standard deviation over seeds, zero-shot as a line."""
-    if protocol != "few-shot":
-        return None
-    axes, shots = figure.subplots(), sorted({n for runs in methods.values() for n in runs})
-    for label, runs, colour, marker, dashes in styled(methods):
-        points = {n: mean_and_deviation([r["accuracy"] for r in seeds.values()]) for n, seeds in sorted(runs.items())}
-        x = [math.log2(n) for n in points]
-        axes.errorbar(x, *zip(*points.values()), label=label, color=colour, marker=marker, linestyle=dashes, capsize=3)
-    zero_shot = next(r for runs in methods.values() for seeds in runs.values() for r in seeds.values())["zero_shot"]
-    axes.axhline(zero_shot, color="#777777", linewidth=1, linestyle=(0, (1, 2)), label="zero-shot")
-    axes.set_xticks([math.log2(n) for n in shots], [str(n) for n in shots])
-    axes.set(xlabel="training images per class (shots)", ylabel="accuracy on test images, all classes (%)")
-    figure.legend(loc="outside right center", fontsize=8, frameon=False)
-    return "What do a few labelled images give?"
-
-
-def base_against_new(figure, methods, protocol):
-    """base-to-new: a point per method, with the curves on which the harmonic mean is the same."""
-    if protocol != "base-to-new":
-        return None
-    axes, points = figure.subplots(), []
-    for label, runs, colour, marker, _ in styled(methods):
-        for n, seeds in sorted(runs.items()):
-            (x, dx), (y, dy) = (mean_and_deviation([r[part] for r in seeds.values()]) for part in ("base", "new"))
-            several = len({n for runs in methods.values() for n in runs}) > 1
-            axes.errorbar(x, y, dy, dx, color=colour, marker=marker, markersize=7, markeredgecolor="black", linestyle="", capsize=2, linewidth=1,
-                          label=f"{label}, {n} shots" if several else label)
-            points.append((x, y))
-    first = next(r for runs in methods.values() for seeds in runs.values() for r in seeds.values())
-    points.append((first["zero_shot_base"], first["zero_shot_new"]))
-    axes.plot(*points[-1], color="white", marker="*", markersize=15, markeredgecolor="black", linestyle="", label="zero-shot")
-    low, high = (f(v for point in points for v in point) for f in (min, max))
-    left, right = min(x for x, _ in points) - 5, max(x for x, _ in points) + 5
-    bottom, top = min(y for _, y in points) - 8, max(y for _, y in points) + 8
-    for h in range(5, 100, 5):
-        xs = [left + (right - left) * k / 100 for k in range(101)]
-        curve = [(x, h * x / (2 * x - h)) for x in xs if 2 * x > h and bottom < h * x / (2 * x - h) < top]
-        if len(curve) > 3:
-            axes.plot(*zip(*curve), color="#BBBBBB", linewidth=0.8, zorder=0)
-            axes.text(*curve[0], f"H {h}", fontsize=7, color="#777777", va="bottom")
-    axes.set(xlim=(left, right), ylim=(bottom, top), xlabel="accuracy on base classes, those learned (%)", ylabel="accuracy on new classes (%)")
-    figure.legend(loc="outside right center", fontsize=8, frameon=False)
-    return "What does learning some classes cost on the others?"
-
-
-def over_training(figure, methods, method, keys):
-    """One panel per key of the records: its mean over seeds against the part of the training, in twentieths."""
-    panels = figure.subplots(len(keys), squeeze=False, sharex=True)[:, 0]
-    lines = [(label, n, list(seeds.values())) for label, runs in methods.items() if label.split()[0] == method for n, seeds in sorted(runs.items())]
-    for (label, n, records), (colour, marker, dashes) in zip(lines, STYLES * len(lines)):
-        for axes, key in zip(panels, keys):
-            values = torch.tensor([r[key] for r in records], dtype=torch.float64).mean(0)                 # (epochs,)
-            parts = [part.mean().item() for part in values.tensor_split(min(20, len(values)))]
-            x = [100 * (k + 0.5) / len(parts) for k in range(len(parts))]
-            flags = label.removeprefix(method)
-            axes.plot(x, parts, color=colour, marker=marker, markersize=4, linestyle=dashes, label=f"{n} shot{'s' * (n > 1)}{flags}" if key == keys[0] else None)
-    panels[-1].set_xlabel("part of the training (%)")
-    return panels, [r for _, _, records in lines for r in records]
-
-
-def conflicts(figure, methods, protocol):
-    """ProGrad's conflict rate and the cosine of its gradients over the training."""
-    if not any("conflicts" in r for runs in methods.values() for seeds in runs.values() for r in seeds.values()):
-        return None
-    (rate, cosine), _ = over_training(figure, methods, "prograd", ["conflicts", "cosine"])
-    rate.set(ylabel="steps in conflict", ylim=(-0.05, 1.05))
-    rate.set_yticks([0, 0.5, 1], ["0%", "50%", "100%"])
-    cosine.set_ylabel("cosine of $G_d$, $G_g$")
-    cosine.axhline(0, color="#777777", linewidth=0.8)
-    figure.legend(loc="outside right center", fontsize=8, frameon=False)
-    return "ProGrad: how often would learning undo what the written prompt knows?"
-
-
-def bound(figure, methods, protocol):
-    """MVP-MI's lower bound of the mutual information over the training, and log C, which it cannot pass."""
-    if not any("bound" in r for runs in methods.values() for seeds in runs.values() for r in seeds.values()):
-        return None
-    (axes,), records = over_training(figure, methods, "mvp_mi", ["bound"])
-    for limit in {r["log_C"] for r in records}:
-        axes.axhline(limit, color="#777777", linewidth=1, linestyle=(0, (1, 2)))
-        axes.text(0, limit, f"log C, C = {math.exp(limit):.0f} classes", fontsize=8, color="#555555", va="bottom")
-    axes.set_ylabel("log C - $L_{nce}$ (nats)")
-    axes.margins(y=0.12)
-    figure.legend(loc="outside right center", fontsize=8, frameon=False)
-    return "MVP-MI: how much does the learned view tell about the written one?"
-
-
-def gap_against_gain(figure, methods, protocol):
-    """RESTORE's gap between the towers' feature shifts against the gain over zero-shot: a point per run."""
-    which = "new" if protocol == "base-to-new" else None
-    gain = lambda r: r["new"] - r["zero_shot_new"] if which else r["accuracy"] - r["zero_shot"]
-    axes = figure.subplots()
-    for label, runs, colour, marker, _ in styled(methods):
-        points = [(r["shift_after"]["gap"], gain(r)) for seeds in runs.values() for r in seeds.values() if r.get("shift_after")]
-        if points:
-            axes.plot(*zip(*points), color=colour, marker=marker, markersize=6, markeredgecolor="black", linestyle="", label=label)
-    if not axes.lines:
-        return None
-    axes.axhline(0, color="#777777", linewidth=0.8)
-    axes.set(xlabel="gap between the towers' feature shifts after training (mean over blocks)",
-             ylabel=f"gain over zero-shot{' on new classes' if which else ''} (points)")
-    figure.legend(loc="outside right center", fontsize=8, frameon=False)
-    return "RESTORE: do the towers that move alike generalise better?"
