@@ -261,6 +261,7 @@ def in_chunks(clip, encode, prompts):
 
 
 def check_length(clip, prompts):
+    """Raises Problem if a prompt (L_c, W) is longer than the text tower reads."""
     longest, most = max(map(len, prompts)), len(clip.text.positional_embedding)
     if longest > most:
         raise Problem(f"the longest prompt takes {longest} tokens, CLIP reads {most}: "
@@ -268,7 +269,7 @@ def check_length(clip, prompts):
 
 
 def pad(prompts):
-    """C prompts (L_c, W) as one tensor (C, L, W), zeros behind, and the place of the last token of each."""
+    """C prompts (L_c, W) as one tensor (C, L, W), zeros behind, and the place of the last token of each, (C,)."""
     return torch.nn.utils.rnn.pad_sequence(prompts, batch_first=True), torch.tensor([len(p) - 1 for p in prompts])
 
 
@@ -301,7 +302,7 @@ def template_features(clip, template, classnames):
 
 @torch.no_grad()
 def nearest_words(clip, v):
-    """For every context vector v (..., M, W) the vocabulary's nearest word, by Euclidean distance (CoOp, section 4.4)."""
+    """For every context vector v (..., M, W) the vocabulary's nearest word, by Euclidean distance, as CoOp interprets its prompts."""
     table = clip.text.token_embedding.weight.float()
     distance = torch.cat([torch.cdist(some.float(), table) for some in v.flatten(0, -2).split(64)])
     distance[:, table.abs().sum(-1) == 0] = math.inf  # the tiny CLIP has met only a few words

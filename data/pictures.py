@@ -38,7 +38,7 @@ def draw(groups, folder):
                 if title:
                     figure.suptitle(f"{title}\n", fontsize=11)
                     figure.text(0.5, 0.93, world, ha="center", fontsize=9, color="#555555")
-                    figure.legend(loc="outside lower center", fontsize=8, frameon=False, ncols=max(1, 5 - longest(figure) // 12))
+                    figure.legend(loc="outside lower center", fontsize=8, frameon=False, ncols=max(1, 5 - longest(figure) // 16))
                     name = re.sub(r"[^\w.-]+", "-", f"{world}-{question.__name__.replace('_', '-')}").strip("-")
                     image = io.BytesIO()
                     figure.savefig(image, metadata={"Software": None})

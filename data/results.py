@@ -4,6 +4,7 @@ import contextlib
 import json
 import math
 import os
+import shlex
 import sys
 from pathlib import Path
 
@@ -92,7 +93,7 @@ def read(file):
 def name(record):
     """"coop", or "restore --towers text": the method and its flags, as far as they are not the defaults."""
     flags = {flag: value for flag, value in record["changed"].items() if flag not in ELSEWHERE}
-    plain = lambda value: "" if value is True else f" {value:g}" if isinstance(value, float) else f" {value}"
+    plain = lambda value: "" if value is True else f" {value:g}" if isinstance(value, float) else f" {shlex.quote(str(value))}"
     return " ".join([record["method"], *(f"--{flag.replace('_', '-')}{plain(value)}" for flag, value in flags.items())])
 
 

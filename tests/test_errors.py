@@ -25,7 +25,7 @@ def refused(run, *words):
     (["--backbone", "ViT-B16"], ["ViT-B-16"]), (["--backbone", "local-dir:/nowhere"], ["/nowhere"]),
     (["--backbone", "ViT-B-16", "--pretrained", "opnai"], ["opnai", "openai"]), (["--backbone", "ViT-B-16-SigLIP", "--pretrained", "random"], ["text tower"]),
     (["--shots", "0"], ["--shots"]), (["--shots", "1,x"], ["--shots"]), (["--shots", "-4"], ["--shots"]), (["--seeds", ""], ["--seeds"]),
-    (["--lr", "nan"], ["--lr"]), (["--lr", "-1"], ["--lr"]), (["--batch-size", "0"], ["--batch-size"]), (["--n-ctx", "76"], ["--n-ctx"]),
+    (["--lr", "nan"], ["--lr"]), (["--lr", "-1"], ["--lr"]), (["--batch-size", "0"], ["--batch-size"]), (["--n-ctx", "76"], ["--n-ctx"]), (["--n-ctx", "300"], ["--n-ctx"]),
     (["--epochs", "1.5"], ["--epochs"]), (["--views", "-1"], ["--views"]), (["--device", "cuda"], ["--device"]), (["--position", "top"], ["--position"]),
     (["--shot", "4"], ["--shot"]), (["--load", "/nowhere.safetensors"], ["/nowhere"]), (["--save", "x", "--seeds", "1,2"], ["{seed}"]), (["--save", "{shots}", "--shots", "1,2", "--seeds", "1,2"], ["{seed}"]),
     (["--save", "a{b}"], ["--save"]), (["--save", "a{shots.b}"], ["--save"]), (["--seeds", "9" * 20], ["--seeds"]), (["--dataset", ""], ["shapes"]), (["--transfer", "scenes,"], ["unknown"]),

@@ -205,6 +205,18 @@ def test_restore_parts_can_be_switched_off(cli, flags, parameters):
     assert (max(shift["text"]) == 0) == ("vision" in flags) and (max(shift["vision"]) == 0) == ("text" in flags) and shift["gap"] > 0
 
 
+def test_restore_in_chunks_of_classes_has_the_same_features_and_gradients(tiny, monkeypatch):
+    names, found = common.name_tokens(tiny, [f"thing {k} of many" + " more" * (k % 3) for k in range(10)]), []
+    for chunk in (10, 3):
+        monkeypatch.setattr(tiny, "class_chunk", chunk)
+        torch.manual_seed(0)
+        prompts = restore.Prompts(tiny, restore_args())
+        w, states = prompts.encode_text(names, prompts.text_prompts)
+        (w.sum() + states.square().mean()).backward()
+        found.append([w.detach(), states.detach(), *(p.grad for p in prompts.text_prompts)])
+    assert all((a - b).norm() < 1e-5 * a.norm() for a, b in zip(*found))
+
+
 def test_restore_raises_its_blends_once(tiny):
     prompts = restore.Prompts(tiny, restore_args())
     prompts.raise_blends([0.5, 1.0])
