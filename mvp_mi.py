@@ -4,28 +4,30 @@ Paper: arXiv 2410.03189, called MVP-MI here. Only its abstract could be consulte
 of the text, their mutual information is maximised, and a class-wise augmentation from the visual modality makes the prompt
 robust on unseen classes. EVERYTHING BEYOND THAT IS OUR READING, in the simplest form.
 
-    w_c, p(c|x), v_1..v_M, g, f(x), tau                          as in CoOp               -> Prompt
-    s_c   = w_c, h_c = g(template of c)                          the two views of class c -> Prompt, train
-    L_nce = -1/2C sum_c [log softmax_c'(s_c . h_c' / t)_c + log softmax_c'(h_c . s_c' / t)_c]  -> info_nce
-    I(S; H) >= log C - L_nce                                     the bound, in nats       -> train
-    f~    = sum_i a_i f(x_i), four x_i of one class, a ~ Dirichlet(1)   augmentation      -> augment
-    L     = -log p(y|x) over x and f~, + lambda L_nce                                     -> train
+    w_c    = g([start, v_1, ..., v_M, name_c, ".", end])         class feature            -> Prompt.forward
+    p(c|x) = softmax_c(tau f(x) . w_c)                           CLIP's own classifier    -> train
+    s_c    = w_c,  h_c = g(template of c)                        two views of class c     -> train
+    L_nce  = -1/2C sum_c [log softmax_c'(s_c . h_c' / t)_c + log softmax_c'(h_c . s_c' / t)_c]   -> info_nce
+    I(S;H) >= log C - L_nce                                      the bound, in nats       -> train
+    f~     = sum_i a_i f(x_i),  a ~ Dirichlet(1)                 class-wise augmentation  -> augment
+    L      = -log p(y|x) over x and f~, + lambda L_nce           cross-entropy and bound  -> train
 
-    t      the temperature of the bound, which also sets its pull: at 0.07 it is soon saturated, near log C
-    f~     a convex combination of image features of the class (its shots and their augmented views), of length 1 again
-    At test time a class is its soft view, or the mean of both views (--classifier); on other data sets the written view is
-    still the template of the data set that was learned from. The bound is one for classes drawn at random; here they are
-    all C of them, so read it as how well either view tells which class the other one means.
+    f(x)   the image feature, from CLIP's frozen image tower, of length 1
+    g      CLIP's frozen text tower; w_c its feature at the end token, of length 1
+    v_m    the learned context: M vectors in the space of word embeddings, shared by all classes or one set per class
+    name_c the word embeddings of the class name; it can also stand in the middle or in front of the context
+    tau    CLIP's logit scale, frozen as well
+    t      the temperature of the bound (0.07); the lower it is, the sooner the bound is close to log C; lambda is 1
+    f~     a convex combination of four image features of one class (its shots, their augmented views), of length 1 again
 
-The defaults were chosen on the validation images of `shapes`, base to new, 4 and 16 shots, seeds 1 to 3, among lambda 1, 4,
-16, t 0.07, 0.3, 1 (at 4 shots) and 0, 2, 8 combinations. New classes gained most at t 0.07 and least at t 1; at t 0.07 lambda
-1 to 16 did alike, and the combinations hardly mattered (none did a little better at 16 shots, no better at 4). The mean of
-both views was better on new classes than the soft view everywhere, and worse on base classes by up to two points. Against
-lambda 0 the term helped at 4 shots (new classes, mean of views: 52 to 57) and not at 16 (51 to 49).
+At test time a class is the mean of both views, or the soft one alone (--classifier); on other data sets the written view is
+still the template of the data set that was learned from. The bound is one for classes drawn at random; here they are all C
+of them: read it as how well either view tells which class the other one means. t, lambda and the classifier were chosen on
+validation images of `shapes`, base to new, 4 and 16 shots, seeds 1 to 3, among t 0.07, 0.3, 1 and lambda 1, 4, 16 (alike).
 
 Try first:  python mvp_mi.py --base-to-new --shots 16   and the same with coop.py: what is kept of the new classes
+            python mvp_mi.py --base-to-new --mi-weight 0        without the mutual information
             python mvp_mi.py --mi-weight 0 --augment 0 --classifier soft        CoOp, to the last digit
-            python mvp_mi.py --classifier soft          without the written view at test time
 """
 
 import math
@@ -70,13 +72,13 @@ def first_context(run, args):
 
 
 def info_nce(s, h, t):
-    """InfoNCE between two views s, h (C, D) of length 1, both ways over the classes (van den Oord et al. 2018, equation 4)."""
+    """L_nce, InfoNCE between two views s, h (C, D) of length 1, both ways (van den Oord et al. 2018, equation 4)."""
     similarity, own = s @ h.T / t, torch.arange(len(s), device=s.device)              # (C, C)
     return (F.cross_entropy(similarity, own) + F.cross_entropy(similarity.T, own)) / 2
 
 
 def augment(features, labels, y, k, rng):
-    """For each class in the batch k random convex combinations of four of its features (N, V, D): (classes * k, D), labels."""
+    """f~: k random convex combinations per class in the batch, of its features (N, V, D): (classes * k, D), labels."""
     made, classes = [], y.unique().repeat_interleave(k)
     for c in classes.tolist():
         own = features[labels == c].flatten(0, 1)                                     # (n V, D)

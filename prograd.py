@@ -90,7 +90,7 @@ def train(prompt, run, args):
             # Both gradients go through the text tower, the expensive part, in one batched pass.
             dw = torch.stack([torch.autograd.grad(l, w, retain_graph=True)[0] for l in (l_d, l_g)])     # (2, C, D)
             g_d, g_g = torch.autograd.grad(w, prompt.v, dw, is_grads_batched=True)[0]
-            prompt.v.grad, cosine = project(g_d, g_g, args.projection)
+            prompt.v.grad, cosine = project(g_d, g_g, args.projection)                # in place of loss.backward()
             optimizer.step()
             run.log(epoch, loss=l_d, general_loss=l_g, cosine=cosine, conflicts=cosine < 0)
 

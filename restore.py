@@ -6,23 +6,24 @@ Paper: Yang, Zhang, Yang, Gao, Qin, Li, Sun, Yang, Gu, "RESTORE: Towards Feature
 Prompts that are learned in one tower alone move its features away from the other tower's, and what CLIP's pre-training
 aligned falls apart: new classes suffer. RESTORE measures that movement, the feature shift, and keeps it equal in both.
 
-    shift_l = mean |h_l - h_l^0| / |h_l^0|                       feature shift at block l         -> feature_shift
-    L_fs    = mean_l (shift_v,l - shift_t,l)^2                   shift consistency                -> consistency
-    A(f)    = f + MLP(LN(f)),  f' = b A(f) + (1 - b) f           surgery block, one per tower     -> Surgery
-    L       = -log p(y|x) + gamma L_fs,  p from f'               cross-entropy and consistency    -> train
-    b       = b + eta shift,  once, after a third of the epochs  (eta 0.02 text, 0.005 vision)    -> Prompts.raise_blends
+    w_c     = g([start, words, name_c, ".", end]),  f(x)         the towers, prompts inside    -> Prompts.encode_...
+    shift_l = mean |h_l - h_l^0| / |h_l^0|                       feature shift at block l      -> feature_shift
+    L_fs    = mean_l (shift_v,l - shift_t,l)^2                   shift consistency             -> consistency
+    A(z)    = z + MLP(LN(z)),  z' = b A(z) + (1 - b) z           surgery, z is w_c or f(x)     -> Surgery, operate
+    b      += eta shift,  once, after a third of the epochs      eta 0.02 text, 0.005 vision   -> Prompts.raise_blends
+    p(c|x)  = softmax_c(tau f'(x) . w'_c)                        CLIP's own classifier         -> train
+    L       = -log p(y|x) + gamma L_fs                           cross-entropy, consistency    -> train
 
-    h_l, h_l^0  the state of the token that a tower reads its feature from (class token, end token) after block l, with
-                and without the prompts; towers of different depth are paired at their last blocks
-    f           a tower's feature before it is brought to length 1; b its blend, 0.1 at the start; gamma a weight
-    prompts     n tokens in each of the first D blocks: in the text tower they stand where words 1..n stood, in the vision
-                tower behind the patches; every block's replace those of the block before
+    f, g    CLIP's image and text tower, frozen, and n prompt tokens in each of their first D blocks, learned: in the text
+            tower where words 1..n stood, in the vision tower behind the patches; a block's replace those of the one before
+    h_l     the state of the token that a tower reads its feature from (class token, end token) after block l, h_l^0 the
+            same without prompts; the mean is over a batch; towers of different depth are paired at their last blocks
+    w', f'  after the surgery and of length 1; the blend b is 0.1 at the start; tau is CLIP's logit scale; gamma a weight (10)
 
 The paper learns the two towers' prompts independently. The authors' released code computes the visual ones from the text
 ones by a linear layer per block (--prompts coupled) and takes the prompts' Gram norm |P^T P|_F over its value at the start
 for the shift (--shift gram, summed over the blocks from the second on, gamma 1). Both are here; the paper's are the
-defaults. gamma was chosen on the validation images of `shapes`, base to new, 16 shots: of 1, 10, 100 on seeds 1 and 2,
-10 was best by far; of 3, 10, 30 on seeds 3 to 5, 3 and 10 did alike.
+defaults. gamma was chosen on validation images of `shapes`, base to new, 16 shots, among 1, 3, 10, 30, 100 (3 did alike).
 
 Try first:  python restore.py --base-to-new             compare the new classes with coop.py's
             python restore.py --shift-weight 0 --blend 0            neither consistency nor surgery: plain prompts (IVLP)
@@ -36,18 +37,18 @@ import common
 
 
 class Surgery(torch.nn.Module):
-    """A(f) = f + MLP(LN(f)) on features f (N, D)."""
+    """A(z) = z + MLP(LN(z)) on features z (N, D)."""
 
     def __init__(self, dim):
         super().__init__()
         self.norm = torch.nn.LayerNorm(dim)
         self.up, self.down = torch.nn.Linear(dim, 4 * dim), torch.nn.Linear(4 * dim, dim)
-        torch.nn.init.zeros_(self.down.weight)  # so that A(f) = f at the start
+        torch.nn.init.zeros_(self.down.weight)  # so that A(z) = z at the start
         torch.nn.init.zeros_(self.down.bias)
 
-    def forward(self, f):
-        h = self.up(self.norm(f))
-        return f + self.down(h * torch.sigmoid(1.702 * h))  # QuickGELU
+    def forward(self, z):
+        h = self.up(self.norm(z))
+        return z + self.down(h * torch.sigmoid(1.702 * h))  # QuickGELU
 
 
 class Prompts(torch.nn.Module):
@@ -120,12 +121,12 @@ class Prompts(torch.nn.Module):
         f = visual._pool(x[:, :end])[0] @ visual.proj
         return f, torch.stack(states, 1)
 
-    def operate(self, f, tower):
-        """The surgery block: f' = b A(f) + (1 - b) f, of length 1. f (N, D)."""
+    def operate(self, z, tower):
+        """The surgery block: z' = b A(z) + (1 - b) z, of length 1. z (N, D)."""
         if hasattr(self, f"{tower}_surgery"):
             b = self.blend[0 if tower == "text" else 1]
-            f = b * getattr(self, f"{tower}_surgery")(f) + (1 - b) * f
-        return F.normalize(f.float(), dim=-1)
+            z = b * getattr(self, f"{tower}_surgery")(z) + (1 - b) * z
+        return F.normalize(z.float(), dim=-1)
 
     def class_features(self, classnames):
         """Class features of any classes, for evaluation: (C, D)."""
