@@ -4,7 +4,7 @@ A *scene* is a dict of words, one per attribute below. `draw(scene, rng)` makes 
 something true about it. `pretrain.py` learns the tiny CLIP from such pairs; `build(root, name)` writes a labelled data
 set of pictures that went through a camera the tiny CLIP has never seen (`SETS[name]["camera"]`), in CoOp's file layout.
 
-    python data/world.py            draws one sample of each data set into data/world.png
+    python data/world.py            draws samples of every data set, one row each, into data/figures/world.png
 """
 
 import json
@@ -323,9 +323,9 @@ def build(root, name):
 
 
 if __name__ == "__main__":
-    rows = [[picture(n, c, random.Random(c)) for c in (SETS[n].get("classes", THINGS) * 3)[:24]] for n in SETS]
-    sheet = Image.new("RGB", (SIZE * 24, SIZE * len(rows)))
+    rows = [[picture(n, c, random.Random(c)) for c in (SETS[n].get("classes", THINGS[::2]) * 2)[:12]] for n in SETS]
+    sheet = Image.new("RGB", (SIZE * 12, SIZE * len(rows)))
     for y, row in enumerate(rows):
         for x, img in enumerate(row):
             sheet.paste(img, (x * SIZE, y * SIZE))
-    sheet.save(Path(__file__).with_suffix(".png"))
+    sheet.save(Path(__file__).parent / "figures" / "world.png", optimize=True)
