@@ -56,7 +56,7 @@ def first_context(run, args):
 
 
 def train(prompt, run, args):
-    """Learns the context in place."""
+    """Learns the prompt in place."""
     clip, names = run.clip, common.name_tokens(run.clip, run.classnames)
     optimizer = torch.optim.SGD(prompt.parameters(), args.lr, momentum=0.9, weight_decay=5e-4)
     epochs = args.epochs or common.default_epochs(run)

@@ -89,7 +89,7 @@ def augment(features, labels, y, k, rng):
 
 
 def train(prompt, run, args):
-    """Learns the context in place."""
+    """Learns the prompt in place."""
     clip, names = run.clip, common.name_tokens(run.clip, run.classnames)
     optimizer = torch.optim.SGD(prompt.parameters(), args.lr, momentum=0.9, weight_decay=5e-4)
     epochs = args.epochs or common.default_epochs(run)
@@ -109,7 +109,7 @@ def train(prompt, run, args):
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            run.log(epoch, loss=loss, bound=math.log(len(h)) - l_nce)                     # in nats, log C at most
+            run.log(epoch, loss=loss, bound=math.log(len(h)) - l_nce)                 # in nats, log C at most
 
 
 def main():

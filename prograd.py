@@ -75,7 +75,7 @@ def project(g_d, g_g, strength=1.0):
 
 
 def train(prompt, run, args):
-    """Learns the context in place."""
+    """Learns the prompt in place."""
     clip, names = run.clip, common.name_tokens(run.clip, run.classnames)
     optimizer = torch.optim.SGD(prompt.parameters(), args.lr, momentum=0.9, weight_decay=5e-4)
     epochs = args.epochs or common.default_epochs(run)
@@ -88,7 +88,7 @@ def train(prompt, run, args):
             logits = clip.logit_scale * f @ w.T                                       # (B, C)
             l_d, l_g = losses(logits, clip.logit_scale * f @ zero_shot.T, y, args.temperature)
             # Both gradients go through the text tower, the expensive part, in one batched pass.
-            dw = torch.stack([torch.autograd.grad(l, w, retain_graph=True)[0] for l in (l_d, l_g)])     # (2, C, D)
+            dw = torch.stack([torch.autograd.grad(l, w, retain_graph=True)[0] for l in (l_d, l_g)])  # (2, C, D)
             g_d, g_g = torch.autograd.grad(w, prompt.v, dw, is_grads_batched=True)[0]
             prompt.v.grad, cosine = project(g_d, g_g, args.projection)                # in place of loss.backward()
             optimizer.step()

@@ -6,11 +6,11 @@ Paper: Yang, Zhang, Yang, Gao, Qin, Li, Sun, Yang, Gu, "RESTORE: Towards Feature
 Prompts that are learned in one tower alone move its features away from the other tower's, and what CLIP's pre-training
 aligned falls apart: new classes suffer. RESTORE measures that movement, the feature shift, and keeps it equal in both.
 
-    w_c     = g([start, words, name_c, ".", end]),  f(x)         the towers, prompts inside    -> Prompts.encode_...
+    w_c     = g([start, words, name_c, ".", end]),  f(x)         the towers, prompts inside    -> Prompt.encode_...
     shift_l = mean |h_l - h_l^0| / |h_l^0|                       feature shift at block l      -> feature_shift
     L_fs    = mean_l (shift_v,l - shift_t,l)^2                   shift consistency             -> consistency
     A(z)    = z + MLP(LN(z)),  z' = b A(z) + (1 - b) z           surgery, z is w_c or f(x)     -> Surgery, operate
-    b      += eta shift,  once, after a third of the epochs      eta 0.02 text, 0.005 vision   -> Prompts.raise_blends
+    b      += eta shift,  once, after a third of the epochs      eta 0.02 text, 0.005 vision   -> Prompt.raise_blends
     p(c|x)  = softmax_c(tau f'(x) . w'_c)                        CLIP's own classifier         -> train
     L       = -log p(y|x) + gamma L_fs                           cross-entropy, consistency    -> train
 
@@ -43,20 +43,20 @@ class Surgery(torch.nn.Module):
         super().__init__()
         self.norm = torch.nn.LayerNorm(dim)
         self.up, self.down = torch.nn.Linear(dim, 4 * dim), torch.nn.Linear(4 * dim, dim)
-        torch.nn.init.zeros_(self.down.weight)  # so that A(z) = z at the start
+        torch.nn.init.zeros_(self.down.weight)                                        # so that A(z) = z at the start
         torch.nn.init.zeros_(self.down.bias)
 
     def forward(self, z):
         h = self.up(self.norm(z))
-        return z + self.down(h * torch.sigmoid(1.702 * h))  # QuickGELU
+        return z + self.down(h * torch.sigmoid(1.702 * h))                            # QuickGELU
 
 
-class Prompts(torch.nn.Module):
+class Prompt(torch.nn.Module):
     """The learned prompts of both towers, the surgery blocks and their blends b (text, vision)."""
 
     def __init__(self, clip, args):
         super().__init__()
-        self.clip, self.shift, self.words = clip, args.shift, common.embed(clip, args.ctx_init)      # (words, W_t)
+        self.clip, self.shift, self.words = clip, args.shift, common.embed(clip, args.ctx_init)  # (words, W_t)
         tower, n = clip.model.visual, args.n_ctx
         if not hasattr(tower, "class_embedding") or not hasattr(tower, "ln_pre"):
             raise common.Problem("--backbone: RESTORE's prompts go into the blocks of a vision transformer (try ViT-B-16)")
@@ -69,12 +69,12 @@ class Prompts(torch.nn.Module):
         noise = lambda *shape: 0.02 * torch.randn(*shape, device=clip.device)
         width_t, width_v = self.words.shape[1], len(tower.class_embedding)
         text = [self.words[:n].clone()] + [noise(n, width_t) for _ in range(depth - 1)]
-        self.text_prompts = torch.nn.ParameterList(text if args.towers != "vision" else [])          # D of (n, W_t)
+        self.text_prompts = torch.nn.ParameterList(text if args.towers != "vision" else [])  # D of (n, W_t)
         if args.prompts == "coupled":
             self.projections = torch.nn.ModuleList(torch.nn.Linear(width_t, width_v) for _ in range(depth))
         else:
             visual = [noise(n, width_v) for _ in range(depth)] if args.towers != "text" else []
-            self.visual_prompts = torch.nn.ParameterList(visual)                                     # D of (n, W_v)
+            self.visual_prompts = torch.nn.ParameterList(visual)                      # D of (n, W_v)
         self.register_buffer("blend", torch.tensor([args.blend, args.blend]))
         if args.blend:
             self.text_surgery, self.visual_surgery = Surgery(tower.output_dim), Surgery(tower.output_dim)
@@ -156,35 +156,35 @@ def feature_shift(states, frozen):
     return ((states.float() - frozen.float()).norm(dim=-1) / frozen.float().norm(dim=-1)).mean(0)
 
 
-def consistency(prompts, shift_t, shift_v):
+def consistency(prompt, shift_t, shift_v):
     """L_fs of the two towers' shifts (blocks_t), (blocks_v), paired at their last blocks; or the released code's."""
-    if prompts.shift == "gram":
-        text, vision = (g / start for g, start in zip(prompts.gram(), prompts.gram_at_start))
+    if prompt.shift == "gram":
+        text, vision = (g / start for g, start in zip(prompt.gram(), prompt.gram_at_start))
         return (text - vision).square().sum()
     m = min(len(shift_t), len(shift_v))
     return (shift_v[-m:] - shift_t[-m:]).square().mean()
 
 
 @torch.no_grad()
-def frozen_states(prompts, run, views=None):
+def frozen_states(prompt, run, views=None):
     """What the shift is measured from: the classes' states without prompts (C, blocks, W_t), and those of the training
     images, (N, blocks, W_v), or of their augmented `views`, (N, V, blocks, W_v)."""
     clip = run.clip
     with clip.autocast():
-        text = prompts.encode_text(common.name_tokens(clip, run.classnames), [])[1]
-    flat = lambda pixels: prompts.encode_image(pixels, [])[1].flatten(1)
+        text = prompt.encode_text(common.name_tokens(clip, run.classnames), [])[1]
+    flat = lambda pixels: prompt.encode_image(pixels, [])[1].flatten(1)
     keep = run.args.cache if run.args.views else None                                 # new views every epoch: not worth it
     vision = common.encode_images(clip, run.items, keep, views, flat, "states of all blocks")
     return text, vision.unflatten(-1, (len(clip.model.visual.transformer.resblocks), -1))
 
 
 @torch.no_grad()
-def measure(prompts, run):
+def measure(prompt, run):
     """The paper's diagnostic, on the training images as they are: shift per block of both towers, and the gap between."""
-    clip, (text_0, vision_0) = run.clip, frozen_states(prompts, run)
+    clip, (text_0, vision_0) = run.clip, frozen_states(prompt, run)
     with clip.autocast():
-        text = prompts.encode_text(common.name_tokens(clip, run.classnames), prompts.text_prompts)[1]
-    flat = lambda pixels: prompts.encode_image(pixels, prompts.visual())[1].flatten(1)
+        text = prompt.encode_text(common.name_tokens(clip, run.classnames), prompt.text_prompts)[1]
+    flat = lambda pixels: prompt.encode_image(pixels, prompt.visual())[1].flatten(1)
     vision = common.encode_images(clip, run.items, None, None, flat).view_as(vision_0)
     shift_t, shift_v = feature_shift(text, text_0), feature_shift(vision, vision_0)
     m = min(len(shift_t), len(shift_v))
@@ -192,32 +192,32 @@ def measure(prompts, run):
     return {"text": shift_t.tolist(), "vision": shift_v.tolist(), "gap": gap.item()}
 
 
-def train(prompts, run, args):
-    """Learns the prompts in place."""
+def train(prompt, run, args):
+    """Learns the prompt in place."""
     clip, names = run.clip, common.name_tokens(run.clip, run.classnames)
-    optimizer = torch.optim.SGD(prompts.parameters(), args.lr, momentum=0.9, weight_decay=5e-4)
+    optimizer = torch.optim.SGD(prompt.parameters(), args.lr, momentum=0.9, weight_decay=5e-4)
     epochs = args.epochs or 10
-    text_0, vision_0 = frozen_states(prompts, run, run.views(0))                      # (C, blocks, W_t), (N, V, blocks, W_v)
+    text_0, vision_0 = frozen_states(prompt, run, run.views(0))                       # (C, blocks, W_t), (N, V, blocks, W_v)
     for epoch in common.progress(range(epochs), desc="training", unit="epoch"):
         optimizer.param_groups[0]["lr"] = common.learning_rate(epoch, epochs, args.lr)
         if not args.views:
-            vision_0 = frozen_states(prompts, run, run.views(epoch))[1]
+            vision_0 = frozen_states(prompt, run, run.views(epoch))[1]
         for pixels, y, images, views in run.pixel_batches(epoch):                     # (B, 3, H, W), (B), (B), (B)
             with clip.autocast():
-                w, text = prompts.encode_text(names, prompts.text_prompts)            # (C, D), (C, blocks, W_t)
-                f, vision = prompts.encode_image(pixels, prompts.visual())            # (B, D), (B, blocks, W_v)
-                w, f = prompts.operate(w, "text"), prompts.operate(f, "visual")
+                w, text = prompt.encode_text(names, prompt.text_prompts)              # (C, D), (C, blocks, W_t)
+                f, vision = prompt.encode_image(pixels, prompt.visual())              # (B, D), (B, blocks, W_v)
+                w, f = prompt.operate(w, "text"), prompt.operate(f, "visual")
             logits = clip.logit_scale * f @ w.T                                       # (B, C)
             shift_t, shift_v = feature_shift(text, text_0), feature_shift(vision, vision_0[images, views])
-            l_fs = consistency(prompts, shift_t, shift_v)
+            l_fs = consistency(prompt, shift_t, shift_v)
             loss = F.cross_entropy(logits, y) + args.shift_weight * l_fs
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             run.log(epoch, loss=loss, consistency=l_fs, shift_text=shift_t, shift_vision=shift_v)
         if args.blend and epoch + 1 == max(1, round(epochs / 3)):
-            shifts = [run.history()[tower][-1] for tower in ("shift_text", "shift_vision")]          # this epoch's, by block
-            prompts.raise_blends([sum(shift) / len(shift) for shift in shifts])
+            shifts = [run.history()[tower][-1] for tower in ("shift_text", "shift_vision")]  # this epoch's, by block
+            prompt.raise_blends([sum(shift) / len(shift) for shift in shifts])
 
 
 def main():
@@ -239,12 +239,12 @@ def main():
     if args.towers != "both" and (args.prompts == "coupled" or args.shift == "gram"):
         raise common.Problem(f"--prompts coupled and --shift gram need prompts in both towers, not --towers {args.towers}")
     for run in common.runs(__file__, args):
-        prompts = Prompts(run.clip, args)
-        before = measure(prompts, run) if run.items else {}                           # a data set for testing has none
-        if not run.load(prompts):
-            train(prompts, run, args)
-        after = measure(prompts, run) if run.items else {}
-        run.finish(prompts, shift_before=before, shift_after=after)
+        prompt = Prompt(run.clip, args)
+        before = measure(prompt, run) if run.items else {}                            # a data set for testing has none
+        if not run.load(prompt):
+            train(prompt, run, args)
+        after = measure(prompt, run) if run.items else {}
+        run.finish(prompt, shift_before=before, shift_after=after)
         for name, shift in (("before", before), ("after", after)):
             for tower in [key for key in shift if key != "gap"]:
                 print(f"  shift {name:>6}, {tower:<6}", *(f"{value:6.3f}" for value in shift[tower]),

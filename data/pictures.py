@@ -38,7 +38,7 @@ def draw(groups, folder):
                 if title:
                     figure.suptitle(f"{title}\n", fontsize=11)
                     figure.text(0.5, 0.93, world, ha="center", fontsize=9, color="#555555")
-                    figure.legend(loc="outside lower center", fontsize=8, frameon=False, ncols=max(1, 5 - longest(figure) // 16))
+                    figure.legend(loc="outside lower center", fontsize=8, frameon=False, ncols=columns(figure))
                     name = re.sub(r"[^\w.-]+", "-", f"{world}-{question.__name__.replace('_', '-')}").strip("-")
                     image = io.BytesIO()
                     figure.savefig(image, metadata={"Software": None})
@@ -46,9 +46,10 @@ def draw(groups, folder):
                     print(f"{Path(folder) / name}.png: {title}")
 
 
-def longest(figure):
-    """Characters of the longest label in the legend."""
-    return max(len(label) for axes in figure.axes for label in axes.get_legend_handles_labels()[1])
+def columns(figure):
+    """As many columns as the labels of the legend leave room for."""
+    longest = max(len(label) for axes in figure.axes for label in axes.get_legend_handles_labels()[1])
+    return min(5, max(1, 115 // (longest + 7)))
 
 
 def styled(methods):
@@ -56,8 +57,10 @@ def styled(methods):
     order = [*NAMES, *(name for name in methods if name not in NAMES)]
     for name, runs in methods.items():
         method, *flags = name.split(" ", 1)
-        colour, marker, dashes = STYLES[order.index(name) % len(STYLES)]
-        yield " ".join([NAMES.get(method, method), *flags]), runs, {"color": colour, "marker": marker, "linestyle": dashes}
+        again, k = divmod(order.index(name), len(STYLES))
+        colour, marker, dashes = STYLES[k]
+        face = "white" if again else colour  # more names than styles: hollow markers
+        yield " ".join([NAMES.get(method, method), *flags]), runs, {"color": colour, "marker": marker, "linestyle": dashes, "markerfacecolor": face}
 
 
 def records_of(methods):
@@ -84,15 +87,16 @@ def base_against_new(figure, few_shot, base_to_new):
     """New classes against base classes, with the curves on which their harmonic mean is the same."""
     if not base_to_new:
         return None
-    axes, several = figure.subplots(), len({n for runs in base_to_new.values() for n in runs}) > 1
-    first = records_of(base_to_new)[0]
+    axes, first, several = figure.subplots(), records_of(base_to_new)[0], False
     points = [(first["zero_shot_base"], first["zero_shot_new"])]
     for label, runs, style in styled(base_to_new):
-        for n, seeds in sorted(runs.items()):
+        for k, (_, seeds) in enumerate(sorted(runs.items())):
             (x, dx), (y, dy) = (mean_and_deviation([r[part] for r in seeds.values()]) for part in ("base", "new"))
-            axes.errorbar(x, y, dy, dx, label=f"{label}, {n} shots" if several else label, **{**style, "linestyle": ""},
-                          markersize=7, markeredgecolor="black", capsize=2, linewidth=1)
+            axes.errorbar(x, y, dy, dx, **{**style, "linestyle": ""}, markersize=7 + 3 * k, markeredgecolor="black", capsize=2,
+                          linewidth=1, label=label if k == len(runs) - 1 else None)
+            several = several or k > 0
             points.append((x, y))
+        axes.plot(*zip(*points[-len(runs):]), color=style["color"], linewidth=0.8)
     axes.plot(*points[0], "*", color="white", markeredgecolor="black", markersize=15, label="zero-shot")
     axes.axhline(points[0][1], linestyle=(0, (1, 2)), **QUIET)
     left, right = min(x for x, _ in points) - 4, max(x for x, _ in points) + 4
@@ -102,10 +106,10 @@ def base_against_new(figure, few_shot, base_to_new):
         curve = [(x, h * x / (2 * x - h)) for x in xs if 2 * x > h and bottom < h * x / (2 * x - h) < top - 2]
         if len(curve) > 50:
             axes.plot(*zip(*curve), color="#CCCCCC", linewidth=0.9, zorder=0)
-            axes.text(curve[0][0] + 0.1, curve[0][1], f"H = {h}", fontsize=7, color="#777777", va="bottom")
+            axes.text(curve[0][0] + 0.1, curve[0][1], f"H = {h}", fontsize=7, color="#777777", va="bottom", clip_on=True)
     axes.set(xlim=(left, right), ylim=(bottom, top))
     axes.set(xlabel="accuracy on base classes, which were learned (%)", ylabel="accuracy on new classes (%)")
-    return "What does learning some classes cost on the others?"
+    return "What does learning some classes cost on the others?" + " (larger: more shots)" * several
 
 
 def over_training(axes, few_shot, base_to_new, key, label):
@@ -154,12 +158,12 @@ def gap_against_gain(figure, few_shot, base_to_new):
     """RESTORE's gap between the towers' feature shifts against the gain over zero-shot: a point per run."""
     new = any("shift_after" in r for r in records_of(base_to_new))
     gain = (lambda r: r["new"] - r["zero_shot_new"]) if new else (lambda r: r["accuracy"] - r["zero_shot"])
-    axes = figure.subplots()
-    for label, runs, style in styled(base_to_new if new else few_shot):
+    axes, methods = figure.subplots(), base_to_new if new else few_shot
+    shifted = {name: runs for name, runs in methods.items() if any(r.get("shift_after") for r in records_of({name: runs}))}
+    for label, runs, style in styled(shifted):
         points = [(r["shift_after"]["gap"], gain(r)) for r in records_of({label: runs}) if r.get("shift_after")]
-        if points:
-            axes.plot(*zip(*points), label=label, **{**style, "linestyle": ""}, markersize=6, markeredgecolor="black")
-    if not axes.lines:
+        axes.plot(*zip(*points), label=label, **{**style, "linestyle": ""}, markersize=6, markeredgecolor="black")
+    if not shifted:
         return None
     axes.axhline(0, **QUIET)
     axes.set(xlabel="gap between the towers' feature shifts after training",

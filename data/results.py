@@ -108,47 +108,50 @@ def mean_and_deviation(values):
 def tables(groups, markdown=False):
     """Prints mean ± standard deviation over the seeds; the best of a column is bold, where the terminal can."""
     for (dataset, backbone, protocol), methods in groups.items():
-        title, shots = f"{dataset}, {backbone}, {protocol}", sorted({n for runs in methods.values() for n in runs})
-        every = [(label, n, list(runs[n].values())) for label, runs in methods.items() for n in sorted(runs)]
-        first = every[0][2][0]
+        title, every = f"{dataset}, {backbone}, {protocol}", [r for runs in methods.values() for seeds in runs.values() for r in seeds.values()]
+        lines = [(label, n, list(seeds.values())) for label, runs in methods.items() for n, seeds in sorted(runs.items())]
         if protocol == "few-shot":
-            rows = [["zero-shot", *[[first["zero_shot"]]] * len(shots)]]
-            rows += [[label, *([r["accuracy"] for r in runs.get(n, {}).values()] for n in shots)] for label, runs in methods.items()]
+            shots = sorted({r["shots"] for r in every})
+            rows = [["zero-shot", *[[every[0]["zero_shot"]]] * len(shots)]]
+            for label, runs in methods.items():
+                rows.append([label, *([r["accuracy"] for r in runs.get(n, {}).values()] for n in shots)])
             table(title, ["accuracy", *(f"{n} shot{'s' * (n > 1)}" for n in shots)], rows, markdown)
         else:
-            columns = ["base", "new", "harmonic"]
-            rows = [["zero-shot", "", *([first[f"zero_shot_{column}"]] for column in columns)]]
-            rows += [[label, str(n), *([r[column] for r in runs] for column in columns)] for label, n, runs in every]
-            if any("shift_after" in r for _, _, runs in every for r in runs):
-                columns, gaps = [*columns, "shift gap"], [[r["shift_after"]["gap"] for r in runs if "shift_after" in r] for *_, runs in every]
-                for row, gap in zip(rows, [[], *gaps]):
-                    row.append(f"{mean_and_deviation(gap)[0]:.2f}" if gap else "")
-            table(title, ["accuracy", "shots", *columns], rows, markdown)
-        targets = sorted({target for _, _, runs in every for r in runs for target in r["transfer"]})
-        if targets:
-            known = {t: r["transfer"][t]["zero_shot"] for _, _, runs in every for r in runs for t in r["transfer"]}
-            rows = [["zero-shot", "", *([known[t]] for t in targets)]]
-            rows += [[label, str(n), *([r["transfer"][t]["accuracy"] for r in runs if t in r["transfer"]] for t in targets)]
-                     for label, n, runs in every if any(r["transfer"] for r in runs)]
-            table(f"{title}, transfer", ["accuracy", "shots", *targets], rows, markdown)
+            columns, shifted = ["base", "new", "harmonic"], any("shift_after" in r for r in every)
+            rows = [["zero-shot", "", *([every[0][f"zero_shot_{column}"]] for column in columns), *[""] * shifted]]
+            for label, n, runs in lines:
+                gaps = [r["shift_after"]["gap"] for r in runs if r.get("shift_after")]
+                gap = f"{mean_and_deviation(gaps)[0]:.2f}" if gaps else ""
+                rows.append([label, str(n), *([r[column] for r in runs] for column in columns), *[gap] * shifted])
+            table(title, ["accuracy", "shots", *columns, *["shift gap"] * shifted], rows, markdown)
+        zero_shot = {target: row["zero_shot"] for r in every for target, row in sorted(r["transfer"].items())}
+        if zero_shot:
+            rows = [["zero-shot", "", *([value] for value in zero_shot.values())]]
+            for label, n, runs in lines:
+                accuracy = [[r["transfer"][target]["accuracy"] for r in runs if target in r["transfer"]] for target in zero_shot]
+                if any(accuracy):
+                    rows.append([label, str(n), *accuracy])
+            table(f"{title}, transfer", ["accuracy", "shots", *zero_shot], rows, markdown)
 
 
 def table(title, header, rows, markdown):
-    """A cell is a text, or a list of values to be averaged."""
-    bold = ("**", "**") if markdown else ("\033[1m", "\033[0m")
-    can = markdown or (sys.stdout.isatty() and os.environ.get("TERM") != "dumb" and "NO_COLOR" not in os.environ)
-    averaged = [[mean_and_deviation(cell) if isinstance(cell, list) and cell else None for cell in row] for row in rows]
-    best = [max((cell[0] for cell in column if cell), default=None) for column in zip(*averaged)]
-    cells = [[cell if isinstance(cell, str) else "" if not value else f"{value[0]:.1f} ± {value[1]:.1f}" if len(cell) > 1 else f"{value[0]:.1f}"
-              for cell, value in zip(*both)] for both in zip(rows, averaged)]
-    widths = [max(map(len, column)) for column in zip(header, *cells)]
+    """Prints rows of cells; a cell is a text, or a list of values whose mean ± standard deviation is shown."""
+    can = sys.stdout.isatty() and os.environ.get("TERM") != "dumb" and "NO_COLOR" not in os.environ
+    bold = "**{}**" if markdown else "\033[1m{}\033[0m" if can else "{}"
+    means = [[mean_and_deviation(cell)[0] if isinstance(cell, list) and cell else None for cell in row] for row in rows]
+    best = [max((mean for mean in column if mean is not None), default=None) for column in zip(*means)]
+    texts = [[cell if isinstance(cell, str) else spread(cell) for cell in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(header, *texts)]
     print(f"\n**{title}**\n" if markdown else f"\n{title}")
-    if markdown:
-        print(f"| {' | '.join(header)} |\n|{' --- |' * len(header)}")
-    else:
-        print("  " + header[0].ljust(widths[0]), *(cell.rjust(width + 2) for cell, width in zip(header[1:], widths[1:])))
-    for row, values in zip(cells, averaged):
-        row = row if markdown else [row[0].ljust(widths[0]), *(cell.rjust(width + 2) for cell, width in zip(row[1:], widths[1:]))]
-        row = [cell[:len(cell) - len(cell.lstrip())] + bold[0] + cell.lstrip() + bold[1] if can and value and f"{value[0]:.1f}" == f"{top:.1f}" else cell
-               for cell, value, top in zip(row, values, best)]
-        print(f"| {' | '.join(row)} |" if markdown else "  " + " ".join(row))
+    for row, values in zip([header, *texts], [[None] * len(header), *means]):
+        shown = [bold.format(text) if mean is not None and f"{mean:.1f}" == f"{top:.1f}" else text for text, mean, top in zip(row, values, best)]
+        if markdown:
+            print(f"| {' | '.join(shown)} |" + (f"\n|{' --- |' * len(header)}" if row is header else ""))
+        else:
+            padding = [" " * (width - len(text)) for width, text in zip(widths, row)]
+            print(f"  {shown[0]}{padding[0]}", *(f"  {space}{text}" for space, text in zip(padding[1:], shown[1:])))
+
+
+def spread(values):
+    """Mean ± standard deviation as text; nothing of nothing."""
+    return "" if not values else f"{mean_and_deviation(values)[0]:.1f}" + (f" ± {mean_and_deviation(values)[1]:.1f}" if len(values) > 1 else "")

@@ -177,7 +177,7 @@ def restore_args(**given):
 
 
 def test_restore_without_prompts_is_clip(tiny):
-    prompts, names = restore.Prompts(tiny, restore_args(blend=0)), ["red heart", "a large blue arrow"]
+    prompts, names = restore.Prompt(tiny, restore_args(blend=0)), ["red heart", "a large blue arrow"]
     pixels = torch.randn(2, 3, 64, 64)
     with torch.no_grad():
         w, states = prompts.encode_text(common.name_tokens(tiny, names), [])
@@ -189,7 +189,7 @@ def test_restore_without_prompts_is_clip(tiny):
 
 
 def test_restore_starts_at_the_same_features_with_and_without_surgery(tiny):
-    prompts = restore.Prompts(tiny, restore_args())
+    prompts = restore.Prompt(tiny, restore_args())
     f = torch.randn(3, 128)
     with torch.no_grad():
         assert torch.allclose(prompts.operate(f, "text"), F.normalize(f, dim=-1), atol=1e-6)
@@ -210,7 +210,7 @@ def test_restore_in_chunks_of_classes_has_the_same_features_and_gradients(tiny, 
     for chunk in (10, 3):
         monkeypatch.setattr(tiny, "class_chunk", chunk)
         torch.manual_seed(0)
-        prompts = restore.Prompts(tiny, restore_args())
+        prompts = restore.Prompt(tiny, restore_args())
         w, states = prompts.encode_text(names, prompts.text_prompts)
         (w.sum() + states.square().mean()).backward()
         found.append([w.detach(), states.detach(), *(p.grad for p in prompts.text_prompts)])
@@ -218,7 +218,7 @@ def test_restore_in_chunks_of_classes_has_the_same_features_and_gradients(tiny, 
 
 
 def test_restore_raises_its_blends_once(tiny):
-    prompts = restore.Prompts(tiny, restore_args())
+    prompts = restore.Prompt(tiny, restore_args())
     prompts.raise_blends([0.5, 1.0])
     assert prompts.blend.tolist() == pytest.approx([0.11, 0.105])
 

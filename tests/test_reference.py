@@ -111,7 +111,7 @@ def follow_restore(method, config, arrays, monkeypatch):
     def learn(steps):
         batch = torch.from_numpy(x), y, torch.arange(len(y)), torch.zeros(len(y), dtype=torch.long)
         run = made_up_run(clip, names, "", [batch] * steps, args)
-        prompts = script.Prompts(clip, args)
+        prompts = script.Prompt(clip, args)
         prompts.blend[1] = config["blend_visual"]
         with torch.no_grad():
             for name, shape in config["parameters"].items():
