@@ -219,24 +219,25 @@ def name_tokens(clip, classnames):
 
 
 def encode_text(clip, prompts, shared=0):
-    """Class features g(prompt), L2-normalised (C, D), of C prompts (L_c, W) of token embeddings, without positions.
+    """Class features g(prompt), L2-normalised (C, D), of C prompts.
 
-    A prompt ends in the end-of-text token, where the tower reads its feature; its first `shared` tokens (start and shared
-    context) are the same in all. Exact, but cheaper than CLIP's encode_text, since the tower is causal: what stands after
-    the end-of-text token changes nothing, so prompts are cut to the longest instead of padded to 77; and the states of
-    the shared tokens do not depend on the class, so they are computed once and the others attend to them.
+    A prompt is a list of parts (l, W), token embeddings without positions, and ends in the end-of-text token, where the
+    tower reads its feature; its first `shared` tokens (start and shared context) are the same in all prompts.
+    Exact, but cheaper than CLIP's encode_text, since the tower is causal: what stands after the end-of-text token changes
+    nothing, so prompts are cut to the longest instead of padded to 77; and the states of the shared tokens do not depend
+    on the class, so they are computed once and the others attend to them.
     Raises Problem if a prompt is longer than the tower holds."""
     text, past = clip.text, []                                                        # keys and values of the shared tokens
     check_length(clip, prompts)
     if shared:
-        x = (prompts[0][:shared] + text.positional_embedding[:shared])[None]          # (1, P, W)
+        x = (torch.cat(prompts[0])[:shared] + text.positional_embedding[:shared])[None]  # (1, P, W)
         for block in text.transformer.resblocks:
             q, k, v = queries_keys_values(block, x)                                   # (1, heads, P, W / heads)
             x = finish_block(block, x, F.scaled_dot_product_attention(q, k, v, is_causal=True))
             past.append((k, v))
 
     def encode(some):
-        x, last = pad([p[shared:] for p in some])                                     # (C, L, W), (C,)
+        x, last = pad(some, shared)                                                   # (C, L, W), (C,)
         length = x.shape[1]
         x = x + text.positional_embedding[shared:shared + length]
         mask = torch.ones(length, shared + length, dtype=torch.bool, device=x.device).tril(shared)  # who looks at whom
@@ -261,16 +262,17 @@ def in_chunks(clip, encode, prompts):
 
 
 def check_length(clip, prompts):
-    """Raises Problem if a prompt (L_c, W) is longer than the text tower reads."""
-    longest, most = max(map(len, prompts)), len(clip.text.positional_embedding)
+    """Raises Problem if a prompt is longer than the text tower reads."""
+    longest, most = max(sum(map(len, parts)) for parts in prompts), len(clip.text.positional_embedding)
     if longest > most:
         raise Problem(f"the longest prompt takes {longest} tokens, CLIP reads {most}: "
                       "a smaller --n-ctx or shorter --ctx-init leaves more for the name")
 
 
-def pad(prompts):
-    """C prompts (L_c, W) as one tensor (C, L, W), zeros behind, and the place of the last token of each, (C,)."""
-    return torch.nn.utils.rnn.pad_sequence(prompts, batch_first=True), torch.tensor([len(p) - 1 for p in prompts])
+def pad(prompts, skip=0):
+    """C prompts without their first tokens as one tensor (C, L, W), zeros behind, and the place of each last token, (C,)."""
+    rows = [torch.cat(parts)[skip:] for parts in prompts]
+    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True), torch.tensor([len(row) - 1 for row in rows])
 
 
 def queries_keys_values(block, x):
@@ -297,7 +299,7 @@ def template_features(clip, template, classnames):
     start, end = start_end(clip)
     prompts = [template.format(classname.replace("_", " ")) for classname in classnames]
     with clip.autocast():
-        return encode_text(clip, [torch.cat([start, embed(clip, prompt), end]) for prompt in prompts])
+        return encode_text(clip, [[start, embed(clip, prompt), end] for prompt in prompts])
 
 
 @torch.no_grad()

@@ -44,8 +44,7 @@ class Prompt(torch.nn.Module):
         start, end = common.start_end(self.clip)                                      # (1, W) each
         v = self.v.expand(len(names), -1, -1)                                         # (C, M, W)
         m = {"end": v.shape[1], "middle": v.shape[1] // 2, "front": 0}[self.position]  # how much of it is before the name
-        prompts = [torch.cat([start, v_c[:m], name[:n], v_c[m:], name[n:], end])      # C of (L_c, W)
-                   for v_c, (name, n) in zip(v, names)]
+        prompts = [[start, v_c[:m], name[:n], v_c[m:], name[n:], end] for v_c, (name, n) in zip(v, names)]
         return common.encode_text(self.clip, prompts, shared=1 + m if self.v.ndim == 2 else 0)
 
     def class_features(self, classnames):

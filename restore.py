@@ -103,7 +103,7 @@ class Prompt(torch.nn.Module):
                 states.append(x[each, last])                                          # (C, W_t)
             return common.project(text, states[-1]), torch.stack(states, 1)
 
-        rows = [torch.cat([start, self.words, name, end]) for name, _ in names]       # C of (L_c, W_t)
+        rows = [[start, self.words, name, end] for name, _ in names]
         common.check_length(self.clip, rows)
         return common.in_chunks(self.clip, encode, rows)
 
