@@ -41,24 +41,25 @@ progress = functools.partial(tqdm, disable=None, leave=False)  # no bar where st
 def flags(doc, lr, batch_size, n_ctx):
     """A parser with the flags that every method has; a method adds its own to it, then calls `parse`."""
     p = Parser(description=doc.split("\n\n")[0], formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    add, count, sets = p.add_argument, number(int, 1, low_ok=True), known
-    add("--dataset", type=sets, default="shapes", metavar="NAME|PATH", help="or a folder with one sub-folder per class (shapes)")
-    add("--data-root", default=str(HERE / "data"), metavar="DIR", help="where the data sets are, laid out as CoOp's users have them (data)")
+    add, count = p.add_argument, number(int, 1, low_ok=True)
+    add("--dataset", type=known, default="shapes", metavar="NAME|PATH",
+        help="a data set, or a folder with one sub-folder per class (shapes, which is embedded)")
+    add("--data-root", default=str(HERE / "data"), metavar="DIR", help="the data sets, laid out as CoOp's users have them (data)")
     add("--backbone", metavar="NAME", help="an open_clip model or local-dir:PATH (embedded data: the tiny CLIP; else ViT-B-16)")
     add("--pretrained", metavar="TAG", help="the weights' open_clip tag or file, or 'random' (openai)")
     add("--shots", type=several(count), default=[4], metavar="N,...", help="training images per class (4)")
     add("--seeds", type=several(number(int, 0, 2**31, low_ok=True)), default=[1], metavar="N,...", help="one run each (1)")
     add("--base-to-new", action="store_true", help="learn the first half of the classes, test both halves")
-    add("--transfer", type=several(sets), default=[], metavar="NAME,...", help="test what was learned on these data sets as well")
+    add("--transfer", type=several(known), default=[], metavar="NAME,...", help="data sets to test what was learned on as well")
     add("--n-ctx", type=count, default=n_ctx, metavar="N", help=f"learned context tokens ({n_ctx})")
     add("--epochs", type=count, metavar="N", help="passes over the training images (the method's, by shots)")
     add("--lr", type=number(), default=lr, help=f"learning rate of SGD ({lr})")
     add("--batch-size", type=count, default=batch_size, metavar="N", help=f"training images per step ({batch_size})")
     add("--views", type=number(int, 0, low_ok=True), default=10, metavar="N",
         help="augmented views encoded once per training image; 0: new ones every epoch (10)")
-    add("--class-chunk", type=count, default=128, metavar="N", help="classes per pass of the text tower; fewer need less memory (128)")
+    add("--class-chunk", type=count, default=128, metavar="N", help="classes per pass of the text tower: fewer, less memory (128)")
     add("--device", choices=["cpu", "cuda"], help="(cuda where there is one)")
-    add("--precision", choices=["fp32", "amp"], help="amp: autocast to bf16, or fp16 where there is none (amp on cuda, fp32 on cpu)")
+    add("--precision", choices=["fp32", "amp"], help="amp is autocast to bf16, else fp16 (amp on cuda, fp32 on cpu)")
     add("--cache", default=str(HERE / "data" / "cache"), metavar="DIR", help="where image features are kept (data/cache)")
     add("--out", default="runs/results.jsonl", metavar="FILE", help="one JSON line per run is added here (runs/results.jsonl)")
     add("--save", metavar="FILE", help="keep what was learned; of several runs: 'ctx-{shots}-{seed}.safetensors'")
@@ -80,7 +81,7 @@ def parse(parser, argv=None):
             raise Problem("--device cuda: PyTorch sees no CUDA device here; leave the flag out to use the CPU")
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
     if getattr(args, "class_specific", False) and (args.base_to_new or args.transfer):
-        raise Problem("--class-specific has no context for classes that it did not learn: leave out --base-to-new and --transfer")
+        raise Problem("--class-specific has no context for classes that were not learned: no --base-to-new, no --transfer")
     results.check_writable(args.out, args.save, args.shots, args.seeds)
     return args
 
@@ -129,14 +130,14 @@ def load_clip(args):
             model, _, preprocess = create(name.removesuffix("-quickgelu") if spec else name, tag, require_pretrained=True,
                                           force_quick_gelu=bool(spec.get("quick_gelu")))
     except Exception as error:  # whatever went wrong in open_clip, the way out is the same
-        raise Problem(f"cannot load {name} {tag}: {error} (no network? a weights file can be given with --pretrained FILE)") from None
+        raise Problem(f"cannot load {name} {tag}: {error} (no network? --pretrained FILE takes a weights file)") from None
     model.eval().requires_grad_(False)
     text = model if hasattr(model, "token_embedding") else getattr(model, "text", None)
     block = getattr(getattr(text, "transformer", None), "resblocks", [None])[0]
     causal = getattr(text, "attn_mask", None) is not None and getattr(text, "cls_emb", None) is None
-    tokenizer = open_clip.get_tokenizer(name) if causal and type(block) is open_clip.transformer.ResidualAttentionBlock else None
-    if not isinstance(tokenizer, open_clip.SimpleTokenizer):
-        raise Problem(f"--backbone {name}: its text tower is not CLIP's causal transformer, which these methods learn prompts for")
+    causal = causal and type(block) is open_clip.transformer.ResidualAttentionBlock
+    if not causal or not isinstance(tokenizer := open_clip.get_tokenizer(name), open_clip.SimpleTokenizer):
+        raise Problem(f"--backbone {name}: its text tower is not CLIP's causal transformer, which the prompts are for")
     crop = RandomResizedCrop(model.visual.preprocess_cfg["size"], (0.08, 1.0), interpolation=InterpolationMode.BICUBIC)
     augment = transforms.Compose([crop, RandomHorizontalFlip(), *preprocess.transforms[2:]])
     digest = hashlib.blake2b(repr((preprocess, args.precision, args.device)).encode(), digest_size=16)
@@ -246,7 +247,7 @@ def encode_text(clip, prompts, shared=0):
             if shared:
                 k, v = (torch.cat([a.expand(len(x), -1, -1, -1), b], 2) for a, b in zip(past[i], (k, v)))
             x = finish_block(block, x, F.scaled_dot_product_attention(q, k, v, attn_mask=mask))
-        return (project(text, x[torch.arange(len(x)), last]),)
+        return (text_feature(text, x[torch.arange(len(x)), last]),)
 
     return F.normalize(in_chunks(clip, encode, prompts)[0].float(), dim=-1)
 
@@ -287,7 +288,7 @@ def finish_block(block, x, attended):
     return x + block.ls_2(block.mlp(block.ln_2(x)))
 
 
-def project(text, x):
+def text_feature(text, x):
     """The end token's last state (C, W) -> the tower's feature (C, D), not yet of length 1."""
     x, projection = text.ln_final(x), text.text_projection
     return projection(x) if isinstance(projection, torch.nn.Linear) else x @ projection
@@ -304,11 +305,12 @@ def template_features(clip, template, classnames):
 
 @torch.no_grad()
 def nearest_words(clip, v):
-    """For every context vector v (..., M, W) the vocabulary's nearest word, by Euclidean distance, as CoOp interprets its prompts."""
+    """For every context vector v (..., M, W) the vocabulary's nearest word, as CoOp's paper interprets its prompts."""
     table = clip.text.token_embedding.weight.float()
-    distance = torch.cat([torch.cdist(some.float(), table) for some in v.flatten(0, -2).split(64)])
-    distance[:, table.abs().sum(-1) == 0] = math.inf  # the tiny CLIP has met only a few words
-    return " ".join(clip.tokenizer.decoder[token].replace("</w>", "") for token in distance.argmin(-1).tolist())
+    unmet = table.abs().sum(-1) == 0  # the tiny CLIP has met only a few words
+    distances = (torch.cdist(some.float(), table).masked_fill(unmet, math.inf) for some in v.flatten(0, -2).split(64))
+    tokens = [token for distance in distances for token in distance.argmin(-1).tolist()]
+    return " ".join(clip.tokenizer.decoder[token].replace("</w>", "") for token in tokens)
 
 
 # ---------------------------------------------------------------- a run: its batches, schedule, evaluation and record

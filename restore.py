@@ -101,7 +101,7 @@ class Prompt(torch.nn.Module):
                     x = torch.cat([x[:, :1], p.expand(len(x), -1, -1).to(x.dtype), x[:, 1 + len(p):]], 1)
                 x = block(x, attn_mask=text.attn_mask[:x.shape[1], :x.shape[1]])
                 states.append(x[each, last])                                          # (C, W_t)
-            return common.project(text, states[-1]), torch.stack(states, 1)
+            return common.text_feature(text, states[-1]), torch.stack(states, 1)
 
         rows = [[start, self.words, name, end] for name, _ in names]
         common.check_length(self.clip, rows)
