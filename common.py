@@ -31,7 +31,7 @@ from data.errors import Parser, Problem, number, one_line_errors, several, words
 from data.files import CATALOGUE, Data, known, list_data, load_data
 from data.images import cached, load_pixels
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).resolve().parent
 TINY_CLIP = f"local-dir:{HERE / 'data' / 'tiny_clip'}"
 progress = functools.partial(tqdm, disable=None, leave=False)  # no bar where stderr is not a terminal
 
@@ -52,7 +52,7 @@ def flags(doc, lr, batch_size, n_ctx):
     add("--base-to-new", action="store_true", help="learn the first half of the classes, test both halves")
     add("--transfer", type=several(known), default=[], metavar="NAME,...", help="data sets to test what was learned on as well")
     add("--n-ctx", type=count, default=n_ctx, metavar="N", help=f"learned context tokens ({n_ctx})")
-    add("--epochs", type=count, metavar="N", help="passes over the training images (the method's, by shots)")
+    add("--epochs", type=count, metavar="N", help="passes over the training images (the method's own)")
     add("--lr", type=number(), default=lr, help=f"learning rate of SGD ({lr})")
     add("--batch-size", type=count, default=batch_size, metavar="N", help=f"training images per step ({batch_size})")
     add("--views", type=number(int, 0, low_ok=True), default=10, metavar="N",
@@ -68,7 +68,9 @@ def flags(doc, lr, batch_size, n_ctx):
 
 
 def parse(parser, argv=None):
-    """The flags' values, with the defaults that depend on others; raises Problem where they cannot be met."""
+    """The flags' values, with the defaults that depend on others; makes the folders of --out and --save.
+
+    Raises Problem where the flags cannot be met."""
     args = parser.parse_args(argv)
     args.changed = {name: value for name, value in vars(args).items() if value != parser.get_default(name)}
     embedded = CATALOGUE.get(args.dataset, {}).get("kind") == "world"
@@ -109,7 +111,9 @@ class Clip:
 
 
 def load_clip(args):
-    """The CLIP of --backbone and --pretrained, frozen, in eval mode; raises Problem if there is no such model or weights."""
+    """The CLIP of --backbone and --pretrained, frozen, in eval mode.
+
+    Raises Problem if there is no such model or weights, or if its text tower is not CLIP's causal transformer."""
     name, tag = args.backbone, args.pretrained
     create = functools.partial(open_clip.create_model_and_transforms, device=args.device)
     if not name.startswith("local-dir:") and name not in open_clip.list_models():
@@ -170,11 +174,11 @@ def half(items, classnames, new):
 
 @torch.no_grad()
 def encode_images(clip, items, cache, views=None, encode=None, kind=""):
-    """L2-normalised image features f(x): (N, D) of the pictures as they are, or (N, V, D) of the augmented `views`.
+    """Image features f(x), L2-normalised: (N, D) of the pictures as they are, or (N, V, D) of the augmented `views`.
 
     They are computed once and kept in the folder `cache` (None: they are not). Another `encode` than CLIP's image tower,
-    pixels (n, 3, H, W) -> (n, D), needs a name of its own there, `kind`. Raises Problem at a picture that is missing or
-    cannot be read."""
+    pixels (n, 3, H, W) -> (n, D), is taken as it is and needs a name of its own in the cache, `kind`.
+    Raises Problem at a picture that is missing or cannot be read."""
     start, paths, each = time.time(), [str(item.path) for item in items], views or [0]
     encode = encode or (lambda x: F.normalize(clip.model.encode_image(x).float(), dim=-1))
     batch_size = max(1, (256 if clip.device == "cuda" else 32) // len(each))
@@ -253,7 +257,7 @@ def encode_text(clip, prompts, shared=0):
 
 
 def in_chunks(clip, encode, prompts):
-    """encode(prompts), a tuple of tensors (C, ...), --class-chunk classes at a time.
+    """encode(prompts), tensors (C, ...), computed for --class-chunk classes at a time; a list.
 
     The activations of several chunks are not kept but computed again in the backward pass: memory stays flat as C grows."""
     chunks = [prompts[c:c + clip.class_chunk] for c in range(0, len(prompts), clip.class_chunk)]
@@ -305,7 +309,7 @@ def template_features(clip, template, classnames):
 
 @torch.no_grad()
 def nearest_words(clip, v):
-    """For every context vector v (..., M, W) the vocabulary's nearest word, as CoOp's paper interprets its prompts."""
+    """For every context vector v (..., M, W) the vocabulary's nearest word, as in CoOp's paper: one string."""
     table = clip.text.token_embedding.weight.float()
     unmet = table.abs().sum(-1) == 0  # the tiny CLIP has met only a few words
     distances = (torch.cdist(some.float(), table).masked_fill(unmet, math.inf) for some in v.flatten(0, -2).split(64))
@@ -333,14 +337,18 @@ class Run:
 
     def load(self, prompt):
         """Whether there is a --load; its tensors are then put into `prompt`. Raises Problem if they are of another kind."""
-        if self.args.load:
-            results.load(self.args.load, prompt, self.meaning())
-        return bool(self.args.load)
+        file = (self.args.load or "").replace("{shots}", str(self.shots)).replace("{seed}", str(self.seed))
+        if file:
+            results.load(file, prompt, self.meaning())
+        return bool(file)
 
     def meaning(self):
         """What a saved prompt's tensors depend on: another method, backbone or position gives them another meaning."""
         keys = ["pretrained", "position", "prompts", "towers", "depth"] + ["ctx_init"] * (self.method == "restore")
-        backbone = self.args.backbone.removeprefix(f"local-dir:{HERE}/")
+        backbone = self.args.backbone
+        if backbone.startswith("local-dir:"):  # "data/tiny_clip", from wherever it was called
+            folder = Path(backbone.removeprefix("local-dir:")).resolve()
+            backbone = str(folder.relative_to(HERE) if folder.is_relative_to(HERE) else folder)
         return {"method": self.method, "backbone": backbone, **{k: vars(self.args)[k] for k in keys if k in vars(self.args)}}
 
     @functools.cached_property
@@ -362,7 +370,7 @@ class Run:
         return list(range(self.args.views)) or [epoch]
 
     def batches(self, epoch):
-        """Yields (f(x) (B, D), labels (B,)): features of the epoch's batches, encoded once for all epochs and runs."""
+        """Yields (f(x) (B, D), labels (B,)) of the epoch's batches, encoded once for all epochs and runs (unless --views 0)."""
         if self.features is None or not self.args.views:
             self.features = encode_images(self.clip, self.items, self.args.views and self.args.cache, self.views(epoch))
         for rows, views in self.plan(epoch):
@@ -401,7 +409,7 @@ class Run:
         return {"zero_shot": zero_shot, "accuracy": percent(f, w.float())}
 
     def finish(self, prompt, **more):
-        """Saves, evaluates, prints and records a learned prompt: an nn.Module with `class_features(classnames) -> (C, D)`.
+        """Saves (unless it was loaded), evaluates, prints and records a prompt: an nn.Module with `class_features(classnames) -> (C, D)`.
 
         `more` is what the method has to tell beside what it logged."""
         args, data, record, rows, trained = self.args, self.data, {}, {}, time.time()
@@ -442,13 +450,14 @@ def runs(script, args):
     if "RANK" in env and "WORLD_SIZE" in env:
         mine, processes = int(env["RANK"]), int(env["WORLD_SIZE"])
     elif "SLURM_ARRAY_TASK_ID" in env and "SLURM_ARRAY_TASK_COUNT" in env:
-        first, step = int(env.get("SLURM_ARRAY_TASK_MIN", 0)), int(env.get("SLURM_ARRAY_TASK_STEP", 1))
-        mine, processes = (int(env["SLURM_ARRAY_TASK_ID"]) - first) // step, int(env["SLURM_ARRAY_TASK_COUNT"])
+        mine, processes = int(env["SLURM_ARRAY_TASK_ID"]), int(env["SLURM_ARRAY_TASK_COUNT"])
+        if int(env.get("SLURM_ARRAY_TASK_MAX", mine)) - int(env.get("SLURM_ARRAY_TASK_MIN", mine)) not in (0, processes - 1):
+            raise Problem("the Slurm array has gaps: use one without, such as --array=0-9")
     else:
         mine, processes = 0, 1
     data, clip = load_data(args.dataset, args.data_root), load_clip(args)
-    if args.base_to_new and not all(half(data.test, data.classnames, new)[0] for new in (False, True)):
-        raise Problem(f"{args.dataset}: --base-to-new needs test images of both halves of the classes")
+    if args.base_to_new and (len(data.classnames) < 4 or not all(half(data.test, data.classnames, new)[0] for new in (False, True))):
+        raise Problem(f"{args.dataset}: --base-to-new needs two classes or more in each half, and test images of both halves")
     if not data.train and not args.load:
         raise Problem(f"{args.dataset} has no training images; it is for --transfer or --load")
     others = [load_data(name, args.data_root) for name in args.transfer]  # what is missing is missed before the training
@@ -458,7 +467,8 @@ def runs(script, args):
     for shots in args.shots:
         if shots > largest and not args.load:
             print(f"{data.name} has no class with {shots} training images: using the {largest} there are")
-    for shots, seed in list(itertools.product(args.shots, args.seeds))[mine % processes::processes]:
+    every = list(itertools.product(args.shots, args.seeds))
+    for shots, seed in every[mine % processes::processes] if len(every) > 1 else every:  # a single run is everyone's own
         items, classnames = few_shot(data.train, shots, seed), data.classnames
         if args.base_to_new:
             items, classnames = half(items, classnames, new=False)

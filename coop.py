@@ -9,7 +9,7 @@ move the accuracy by several points. CoOp replaces the words by vectors and lear
     p(c|x) = softmax_c(tau f(x) . w_c)                           CLIP's own classifier    -> train
     L      = -log p(y|x)                                         cross-entropy            -> train
 
-    f(x)   the image feature, from CLIP's frozen image tower, of length 1
+    f(x)   the image feature, from CLIP's frozen image tower, of length 1; while training, of a random crop of the image
     g      CLIP's frozen text tower; w_c its feature at the end token, of length 1
     v_m    the learned context: M vectors in the space of word embeddings, shared by all classes or one set per class
     name_c the word embeddings of the class name; it can also stand in the middle or in front of the context
@@ -39,7 +39,8 @@ class Prompt(torch.nn.Module):
         v = self.v.expand(len(names), -1, -1)                                         # (C, M, W)
         m = {"end": v.shape[1], "middle": v.shape[1] // 2, "front": 0}[self.position]  # how much of it is before the name
         prompts = [[start, v_c[:m], name[:n], v_c[m:], name[n:], end] for v_c, (name, n) in zip(v, names)]
-        return common.encode_text(self.clip, prompts, shared=1 + m if self.v.ndim == 2 else 0)
+        same = 1 + m if self.v.ndim == 2 else 0                                       # first tokens, the same for all c
+        return common.encode_text(self.clip, prompts, shared=same)
 
     def class_features(self, classnames):
         """Class features of any classes, for evaluation: (C, D)."""

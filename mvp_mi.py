@@ -12,7 +12,7 @@ robust on unseen classes. EVERYTHING BEYOND THAT IS OUR READING, in the simplest
     f~     = sum_i a_i f(x_i),  a ~ Dirichlet(1)                 class-wise augmentation  -> augment
     L      = -log p(y|x) over x and f~, + lambda L_nce           cross-entropy and bound  -> train
 
-    f(x)   the image feature, from CLIP's frozen image tower, of length 1
+    f(x)   the image feature, from CLIP's frozen image tower, of length 1; while training, of a random crop of the image
     g      CLIP's frozen text tower; w_c its feature at the end token, of length 1
     v_m    the learned context: M vectors in the space of word embeddings, shared by all classes or one set per class
     name_c the word embeddings of the class name; it can also stand in the middle or in front of the context
@@ -20,13 +20,13 @@ robust on unseen classes. EVERYTHING BEYOND THAT IS OUR READING, in the simplest
     t      the temperature of the bound (0.07); the lower it is, the sooner the bound is close to log C; lambda is 1
     f~     a convex combination of four image features of one class (its shots, their augmented views), of length 1 again
 
-At test time a class is the mean of both views, or the soft one alone (--classifier); on other data sets the written view is
-still the template of the data set that was learned from. The bound is one for classes drawn at random; here they are all C
+At test time a class is the mean of both views, of length 1, or the soft one alone (--classifier); for --transfer, too, the
+written view is made with the template of --dataset. The bound is one for classes drawn at random; here they are all C
 of them: read it as how well either view tells which class the other one means. t, lambda and the classifier were chosen on
-validation images of `shapes`, base to new, 4 and 16 shots, seeds 1 to 3, among t 0.07, 0.3, 1 and lambda 1, 4, 16 (alike).
+validation images of `shapes`, base to new, 4 and 16 shots, seeds 1 to 3, among t 0.07, 0.3, 1; lambda 1, 4, 16 did alike.
 
 Try first:  python mvp_mi.py --base-to-new --shots 16   and the same with coop.py: what is kept of the new classes
-            python mvp_mi.py --base-to-new --mi-weight 0        without the mutual information
+            python mvp_mi.py --base-to-new --shots 16 --mi-weight 0     without the mutual information
             python mvp_mi.py --mi-weight 0 --augment 0 --classifier soft        CoOp, to the last digit
 """
 
@@ -52,7 +52,8 @@ class Prompt(torch.nn.Module):
         v = self.v.expand(len(names), -1, -1)                                         # (C, M, W)
         m = {"end": v.shape[1], "middle": v.shape[1] // 2, "front": 0}[self.position]  # how much of it is before the name
         prompts = [[start, v_c[:m], name[:n], v_c[m:], name[n:], end] for v_c, (name, n) in zip(v, names)]
-        return common.encode_text(self.clip, prompts, shared=1 + m if self.v.ndim == 2 else 0)
+        same = 1 + m if self.v.ndim == 2 else 0                                       # first tokens, the same for all c
+        return common.encode_text(self.clip, prompts, shared=same)
 
     def class_features(self, classnames):
         """Class features of any classes, for evaluation: (C, D)."""
@@ -101,7 +102,7 @@ def train(prompt, run, args):
                 w = prompt(names)                                                     # (C, D), once for the whole batch
             if args.augment:
                 more_f, more_y = augment(run.features, run.labels, y, args.augment, rng)
-                f, y = torch.cat([f, more_f]), torch.cat([y, more_y])
+                f, y = torch.cat([f, more_f]), torch.cat([y, more_y])                 # B is larger from here on
             logits = clip.logit_scale * f @ w.T                                       # (B, C)
             l_nce = info_nce(w, h, args.mi_temperature)
             loss = F.cross_entropy(logits, y) + args.mi_weight * l_nce

@@ -3,7 +3,7 @@
 Paper: Zhu, Niu, Han, Wu, Zhang, "Prompt-aligned Gradient for Prompt Tuning", ICCV 2023, arXiv 2205.14865.
 
 CoOp's context, learned from a few images, forgets what CLIP knew: with few shots, or on new classes, it can end below the
-zero-shot classifier. ProGrad lets a step through only as far as it does not undo the written prompt's predictions.
+zero-shot classifier. ProGrad follows a gradient only as far as it does not undo the written prompt's predictions.
 
     w_c    = g([start, v_1, ..., v_M, name_c, ".", end])         class feature            -> Prompt.forward
     p(c|x) = softmax_c(tau f(x) . w_c)                           CLIP's own classifier    -> train
@@ -12,13 +12,13 @@ zero-shot classifier. ProGrad lets a step through only as far as it does not und
     G      = G_d                                 if G_d . G_g >= 0    the gradient used   -> project
            = G_d - lambda (G_d . G_g / |G_g|^2) G_g      otherwise
 
-    f(x)   the image feature, from CLIP's frozen image tower, of length 1
+    f(x)   the image feature, from CLIP's frozen image tower, of length 1; while training, of a random crop of the image
     g      CLIP's frozen text tower; w_c its feature at the end token, of length 1
     v_m    the learned context: M vectors in the space of word embeddings, shared by all classes or one set per class
     name_c the word embeddings of the class name; it can also stand in the middle or in front of the context
     G_d    the gradient of L_d with respect to the context, G_g that of L_g; lambda is 1: all of a conflict is taken out
-    p_zs   the zero-shot prediction of the written template. p_T and p_zs have their logits divided by a temperature T (1);
-           L_g is T^2 KL(p_zs || p_T) but for p_zs's own entropy, which no gradient sees
+    p_zs   the zero-shot prediction of ProGrad's own template. p_T and p_zs have their logits divided by a temperature T (1);
+           L_g is T^2 KL(p_zs || p_T) but for p_zs's entropy, which no gradient sees; it only vetoes, it is not minimised
     tau    CLIP's logit scale, frozen as well
 
 Try first:  python prograd.py                           4 shots on the embedded data set, in seconds
@@ -45,7 +45,8 @@ class Prompt(torch.nn.Module):
         v = self.v.expand(len(names), -1, -1)                                         # (C, M, W)
         m = {"end": v.shape[1], "middle": v.shape[1] // 2, "front": 0}[self.position]  # how much of it is before the name
         prompts = [[start, v_c[:m], name[:n], v_c[m:], name[n:], end] for v_c, (name, n) in zip(v, names)]
-        return common.encode_text(self.clip, prompts, shared=1 + m if self.v.ndim == 2 else 0)
+        same = 1 + m if self.v.ndim == 2 else 0                                       # first tokens, the same for all c
+        return common.encode_text(self.clip, prompts, shared=same)
 
     def class_features(self, classnames):
         """Class features of any classes, for evaluation: (C, D)."""

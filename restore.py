@@ -9,20 +9,21 @@ aligned falls apart: new classes suffer. RESTORE measures that movement, the fea
     w_c     = g([start, words, name_c, ".", end]),  f(x)         the towers, prompts inside    -> Prompt.encode_...
     shift_l = mean |h_l - h_l^0| / |h_l^0|                       feature shift at block l      -> feature_shift
     L_fs    = mean_l (shift_v,l - shift_t,l)^2                   shift consistency             -> consistency
-    A(z)    = z + MLP(LN(z)),  z' = b A(z) + (1 - b) z           surgery, z is w_c or f(x)     -> Surgery, operate
+    A(z)    = z + MLP(LN(z)),  z' = b A(z) + (1 - b) z           surgery of z = w_c or f(x)    -> Surgery, operate
     b      += eta shift,  once, after a third of the epochs      eta 0.02 text, 0.005 vision   -> Prompt.raise_blends
     p(c|x)  = softmax_c(tau f'(x) . w'_c)                        CLIP's own classifier         -> train
     L       = -log p(y|x) + gamma L_fs                           cross-entropy, consistency    -> train
 
     f, g    CLIP's image and text tower, frozen, and n prompt tokens in each of their first D blocks, learned: in the text
-            tower where words 1..n stood, in the vision tower behind the patches; a block's replace those of the one before
+            tower where words 1..n stood, in the vision tower behind the patches; what the block before made of its own is dropped
     h_l     the state of the token that a tower reads its feature from (class token, end token) after block l, h_l^0 the
-            same without prompts; the mean is over a batch; towers of different depth are paired at their last blocks
-    w', f'  after the surgery and of length 1; the blend b is 0.1 at the start; tau is CLIP's logit scale; gamma a weight (10)
+            same without prompts; the mean is over the classes (text) or the batch's images (vision); towers of different
+            depth are paired at their last blocks; the shift that b grows by is the mean over blocks in that epoch
+    w', f'  after the surgery, and only then of length 1; the blend b is 0.1 at the start; tau is CLIP's logit scale; gamma a weight (10)
 
 The paper learns the two towers' prompts independently. The authors' released code computes the visual ones from the text
 ones by a linear layer per block (--prompts coupled) and takes the prompts' Gram norm |P^T P|_F over its value at the start
-for the shift (--shift gram, summed over the blocks from the second on, gamma 1). Both are here; the paper's are the
+for the shift (--shift gram --shift-weight 1, summed over the blocks from the second on). Both are here; the paper's are the
 defaults. gamma was chosen on validation images of `shapes`, base to new, 16 shots, among 1, 3, 10, 30, 100 (3 did alike).
 
 Try first:  python restore.py --base-to-new             compare the new classes with coop.py's
@@ -60,7 +61,7 @@ class Prompt(torch.nn.Module):
         tower, n = clip.model.visual, args.n_ctx
         if not hasattr(tower, "class_embedding") or not hasattr(tower, "ln_pre"):
             raise common.Problem("--backbone: RESTORE's prompts go into the blocks of a vision transformer (try ViT-B-16)")
-        if n > len(self.words):
+        if n > len(self.words) and args.towers != "vision":
             raise common.Problem(f"--n-ctx {n}: the prompts replace words of --ctx-init, which has {len(self.words)} tokens")
         depth = min(args.depth, len(clip.text.transformer.resblocks), len(tower.transformer.resblocks))
         if depth < args.depth:
@@ -200,7 +201,7 @@ def train(prompt, run, args):
     text_0, vision_0 = frozen_states(prompt, run, run.views(0))                       # (C, blocks, W_t), (N, V, blocks, W_v)
     for epoch in common.progress(range(epochs), desc="training", unit="epoch"):
         optimizer.param_groups[0]["lr"] = common.learning_rate(epoch, epochs, args.lr)
-        if not args.views:
+        if epoch and not args.views:
             vision_0 = frozen_states(prompt, run, run.views(epoch))[1]
         for pixels, y, images, views in run.pixel_batches(epoch):                     # (B, 3, H, W), (B), (B), (B)
             with clip.autocast():

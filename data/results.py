@@ -72,8 +72,8 @@ ELSEWHERE = {"dataset", "data_root", "backbone", "pretrained", "shots", "seeds",
 def read(file):
     """{(dataset, backbone, protocol): {name: {shots: {seed: record}}}} of a file of result lines.
 
-    A name is the method with the flags that were not left at their defaults. Of equal runs the last one counts; lines that
-    were cut short, and runs that were loaded, are passed over. Raises Problem if there is no such file."""
+    A name is the method with the flags that were not left at their defaults. Of equal runs the last one counts (and what it
+    was not tested on, from the ones before); lines that were cut short, and runs that were loaded, are passed over. Raises Problem if there is no such file."""
     try:
         lines = Path(file).read_text(encoding="utf-8").splitlines()
     except FileNotFoundError:
@@ -85,8 +85,10 @@ def read(file):
         with contextlib.suppress(ValueError):
             r = json.loads(line)
             if isinstance(r, dict) and {"method", "dataset", "protocol", "shots", "seed", "changed"} <= set(r) and "loaded" not in r:
-                group = groups.setdefault((r["dataset"], r["backbone"], r["protocol"]), {})
-                group.setdefault(name(r), {}).setdefault(r["shots"], {})[r["seed"]] = r
+                backbone = f"{r['backbone']} {r.get('pretrained', '')}".strip()
+                seeds = groups.setdefault((r["dataset"], backbone, r["protocol"]), {}).setdefault(name(r), {}).setdefault(r["shots"], {})
+                r["transfer"] = {**seeds.get(r["seed"], r)["transfer"], **r["transfer"]}
+                seeds[r["seed"]] = r
     return dict(sorted(groups.items()))
 
 

@@ -34,6 +34,12 @@ def test_flags(cli, flags, words):
     refused(cli("coop", "--epochs", 1, "--views", 1, *flags), *words)
 
 
+def test_base_to_new_needs_four_classes(cli, tmp_path):
+    for name in "abc":
+        made_up_pictures(tmp_path / "mine" / name, 4)
+    refused(cli("coop", "--base-to-new", dataset=tmp_path / "mine", backbone=common.TINY_CLIP), "two classes")
+
+
 def test_out_that_cannot_be_written(cli, tmp_path):
     refused(cli("coop", out=tmp_path), str(tmp_path))
     (tmp_path / "file").write_text("")

@@ -51,6 +51,10 @@ def test_save_and_load(cli, tmp_path, method):
     file = tmp_path / "learned.safetensors"
     trained = cli(method, *SHORT, save=file).records[0]
     loaded = cli(method, "--transfer", "scenes", load=file).records[0]
+    again = cli(method, load=tmp_path / "{shots}-{seed}.safetensors", backbone=f"local-dir:{os.path.relpath(HERE)}/data/tiny_clip")
+    assert again.status == 2 and "4-1.safetensors" in again.err
+    file.rename(file := tmp_path / "4-1.safetensors")
+    assert cli(method, load=tmp_path / "{shots}-{seed}.safetensors", backbone=f"local-dir:{os.path.relpath(HERE)}/data/tiny_clip").status == 0
     assert loaded["accuracy"] == trained["accuracy"] and loaded["transfer"]["scenes"]["accuracy"] >= 0 and "loss" not in loaded
     other = cli("coop" if method != "coop" else "prograd", load=file)
     assert other.status == 2 and f"saved by {method}" in other.err
@@ -76,6 +80,18 @@ def test_two_processes_share_the_runs_of_a_sweep_and_a_cold_cache(root, tmp_path
     assert [process.wait() for process in both] == [0, 0]
     records = [json.loads(line) for line in (tmp_path / "r.jsonl").read_text().splitlines()]
     assert sorted((r["shots"], r["seed"]) for r in records) == [(1, 1), (1, 2), (2, 1), (2, 2)]
+
+
+def test_slurm_arrays_leave_no_run_out(cli, monkeypatch):
+    monkeypatch.setenv("SLURM_ARRAY_TASK_COUNT", "3")
+    for task, seeds in ((1, "1,2,3"), (2, "1,2,3"), (3, "1,2,3"), (2, "7")):
+        monkeypatch.setenv("SLURM_ARRAY_TASK_ID", str(task))
+        found = [r["seed"] for r in cli("coop", "--epochs", 1, "--views", 1, "--shots", 1, "--seeds", seeds).records]
+        assert found == ([7] if seeds == "7" else [task % 3 + 1])  # a task that names its own seed runs it
+    monkeypatch.setenv("SLURM_ARRAY_TASK_MIN", "1")
+    monkeypatch.setenv("SLURM_ARRAY_TASK_MAX", "9")
+    run = cli("coop", "--seeds", "1,2,3")
+    assert run.status == 2 and "gaps" in run.err
 
 
 @pytest.mark.parametrize("backbone, method", [("ViT-B-16", "prograd"), ("RN50", "coop")])

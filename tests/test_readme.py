@@ -36,7 +36,7 @@ def commands():
 
 def test_every_command_is_understood(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for folder in ("path/to/pictures", "data/scenes/images"):
+    for folder in ("path/to/pictures", "data/shapes/images"):
         Path(folder).mkdir(parents=True)
     called = []
     monkeypatch.setattr(common, "runs", lambda script, args: called.append(args) or [])

@@ -52,6 +52,10 @@ def test_table_shows_mean_and_deviation_over_seeds_with_zero_shot_beside(compare
 def test_of_equal_runs_the_last_one_counts(compare):
     out, _ = compare([record("coop", 1, accuracy=10.0), record("coop", 1, accuracy=20.0)])
     assert "20.0" in out and "10.0" not in out and "±" not in out
+    out, _ = compare([record("coop", 1, transfer={"scenes": {"zero_shot": 41.0, "accuracy": 43.0}}), record("coop", 1, transfer={})])
+    assert "43.0" in out  # a run without --transfer does not take away what the same run with it has found
+    out, _ = compare([record("coop", 1, pretrained="openai", accuracy=10.0), record("coop", 1, pretrained="laion2b", accuracy=20.0)])
+    assert "shapes, tiny openai, few-shot" in out and "10.0" in out and "20.0" in out
 
 
 def test_best_is_bold_where_the_terminal_can_and_in_markdown(compare, monkeypatch):
