@@ -1,6 +1,5 @@
 """What a run leaves behind, a line of results and a file of what was learned; and all lines together as tables."""
 
-import contextlib
 import json
 import math
 import os
@@ -69,26 +68,36 @@ ELSEWHERE = {"dataset", "data_root", "backbone", "pretrained", "shots", "seeds",
              "device", "cache", "out", "save", "load"}
 
 
+WANTED = {"few-shot": {"zero_shot", "accuracy"},
+          "base-to-new": {f"{zero_shot}{part}" for zero_shot in ("", "zero_shot_") for part in ("base", "new", "harmonic")}}
+
+
 def read(file):
     """{(dataset, backbone, protocol): {name: {shots: {seed: record}}}} of a file of result lines.
 
     A name is the method with the flags that were not left at their defaults. Of equal runs the last one counts (and what it
-    was not tested on, from the ones before); lines that were cut short, and runs that were loaded, are passed over. Raises Problem if there is no such file."""
+    was not tested on, from the ones before); lines that were cut short, and runs that were loaded, are passed over.
+    Raises Problem if there is no such file or no such line."""
     try:
         lines = Path(file).read_text(encoding="utf-8").splitlines()
     except FileNotFoundError:
         raise Problem(f"{file}: no results yet; every run of a method adds a line there") from None
     except UnicodeDecodeError:
         raise Problem(f"{file}: not a file of result lines") from None
-    groups = {}
+    groups, known = {}, {"method", "dataset", "backbone", "protocol", "shots", "seed", "changed", "transfer"}
     for line in lines:
-        with contextlib.suppress(ValueError):
+        try:
             r = json.loads(line)
-            if isinstance(r, dict) and {"method", "dataset", "protocol", "shots", "seed", "changed"} <= set(r) and "loaded" not in r:
-                backbone = f"{r['backbone']} {r.get('pretrained', '')}".strip()
-                seeds = groups.setdefault((r["dataset"], backbone, r["protocol"]), {}).setdefault(name(r), {}).setdefault(r["shots"], {})
-                r["transfer"] = {**seeds.get(r["seed"], r)["transfer"], **r["transfer"]}
-                seeds[r["seed"]] = r
+        except ValueError:
+            continue
+        if isinstance(r, dict) and known <= set(r) and WANTED.get(str(r["protocol"]), {""}) <= set(r) and "loaded" not in r:
+            backbone = f"{r['backbone']} {r.get('pretrained', '')}".strip()
+            methods = groups.setdefault((r["dataset"], backbone, r["protocol"]), {})
+            seeds = methods.setdefault(name(r), {}).setdefault(r["shots"], {})
+            r["transfer"] = {**seeds.get(r["seed"], r)["transfer"], **r["transfer"]}
+            seeds[r["seed"]] = r
+    if not groups:
+        raise Problem(f"{file}: holds no line of results; every run of a method adds one")
     return dict(sorted(groups.items()))
 
 
