@@ -42,8 +42,10 @@ def draw(groups, folder):
                     name = re.sub(r"[^\w.-]+", "-", f"{world}-{question.__name__.replace('_', '-')}").strip("-")
                     image = io.BytesIO()
                     figure.savefig(image, metadata={"Software": None})
-                    (Path(folder) / f"{name}.png").write_bytes(image.getvalue())
-                    print(f"{Path(folder) / name}.png: {title}")
+                    file = Path(folder) / f"{name}.png"
+                    file.with_suffix(".part").write_bytes(image.getvalue())
+                    file.with_suffix(".part").replace(file)  # whole or not at all
+                    print(f"{file}: {title}")
 
 
 def columns(figure):
