@@ -426,7 +426,8 @@ class Run:
             record = rows["all classes"] = self.evaluate(prompt, data.test, data.classnames, data.template)
         transfer = {other.name: self.evaluate(prompt, other.test, other.classnames, other.template) for other in self.others}
         ended, flags = time.time(), dict(vars(args))
-        print(f"{f'{data.name}, {self.shots} shots, seed {self.seed}':<34} zero-shot {self.method:>9}")
+        title = f"{data.name}, {self.shots} shot{'s' * (self.shots > 1)}, seed {self.seed}"
+        print(f"{title:<34} zero-shot {self.method:>9}")
         for name, row in {**rows, **transfer}.items():
             print(f"  {name:<32} {row['zero_shot']:9.1f} {row['accuracy']:9.1f}", flush=True)
         results.append_line(args.out, json.dumps({
