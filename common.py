@@ -22,11 +22,10 @@ from pathlib import Path
 import open_clip
 import torch
 import torch.nn.functional as F
-from torch.utils.checkpoint import checkpoint
 from torchvision.transforms import InterpolationMode, RandomHorizontalFlip, RandomResizedCrop, transforms
 from tqdm import tqdm
 
-from data import pictures, results
+from data import pictures, results, text_tower
 from data.errors import Parser, Problem, number, one_line_errors, several, words  # noqa: F401, the scripts use them from here
 from data.files import CATALOGUE, Data, known, list_data, load_data
 from data.images import cached, load_pixels
@@ -217,85 +216,40 @@ def start_end(clip):
     return embed(clip, [clip.tokenizer.sot_token_id]), embed(clip, [clip.tokenizer.eot_token_id])
 
 
-def name_tokens(clip, classnames):
-    """For every class the embeddings of [name_c, "."] and the number of its name's tokens: a list of ((L_c, W), n_c)."""
-    names = [classname.replace("_", " ") for classname in classnames]
-    return [(embed(clip, f"{name}."), len(tokenize(clip, name))) for name in names]
+def name_embeddings(clip, classnames):
+    """For every class the embeddings of its name and of the "." after it: a list of two (l, W)."""
+    pairs = []
+    for classname in classnames:
+        name = classname.replace("_", " ")
+        sentence = embed(clip, f"{name}.")
+        pairs.append(sentence.split([n := len(tokenize(clip, name)), len(sentence) - n]))
+    return pairs
 
 
-def encode_text(clip, prompts, shared=0):
-    """Class features g(prompt), L2-normalised (C, D), of C prompts.
+def encode_text(clip, prompts):
+    """Class features w_c = g(prompt c), of length 1: (C, D).
 
-    A prompt is a list of parts (l, W), token embeddings without positions, and ends in the end-of-text token, where the
-    tower reads its feature; its first `shared` tokens (start and shared context) are the same in all prompts.
-    Exact, but cheaper than CLIP's encode_text, since the tower is causal: what stands after the end-of-text token changes
-    nothing, so prompts are cut to the longest instead of padded to 77; and the states of the shared tokens do not depend
-    on the class, so they are computed once and the others attend to them.
-    Raises Problem if a prompt is longer than the tower holds."""
-    text, past = clip.text, []                                                        # keys and values of the shared tokens
-    check_length(clip, prompts)
-    if shared:
-        x = (torch.cat(prompts[0])[:shared] + text.positional_embedding[:shared])[None]  # (1, P, W)
-        for block in text.transformer.resblocks:
-            q, k, v = queries_keys_values(block, x)                                   # (1, heads, P, W / heads)
-            x = finish_block(block, x, F.scaled_dot_product_attention(q, k, v, is_causal=True))
-            past.append((k, v))
+    A prompt is a list of parts (l, W), token embeddings without positions, from the start token to
+    the end token, where the tower is read. Raises Problem if one is longer than the tower holds.
 
-    def encode(some):
-        x, last = pad(some, shared)                                                   # (C, L, W), (C,)
-        length = x.shape[1]
-        x = x + text.positional_embedding[shared:shared + length]
-        mask = torch.ones(length, shared + length, dtype=torch.bool, device=x.device).tril(shared)  # who looks at whom
-        for i, block in enumerate(text.transformer.resblocks):
-            q, k, v = queries_keys_values(block, x)                                   # (C, heads, L, W / heads)
-            if shared:
-                k, v = (torch.cat([a.expand(len(x), -1, -1, -1), b], 2) for a, b in zip(past[i], (k, v)))
-            x = finish_block(block, x, F.scaled_dot_product_attention(q, k, v, attn_mask=mask))
-        return (text_feature(text, x[torch.arange(len(x)), last]),)
-
-    return F.normalize(in_chunks(clip, encode, prompts)[0].float(), dim=-1)
+    For porters: x + positions, then pre-norm blocks x += attention(ln_1(x)), x += mlp(ln_2(x)) with
+    a causal mask, q, k, v packed in that order in in_proj_weight (3 W, W), heads of W / heads each
+    scaled by 1 / sqrt(W / heads), QuickGELU x sigmoid(1.702 x) in OpenAI's models, else erf-GELU;
+    then ln_final and @ text_projection (W, D). Layer norms have eps 1e-5."""
+    return text_tower.encode_text(clip, prompts)
 
 
-def in_chunks(clip, encode, prompts):
-    """encode(prompts), tensors (C, ...), computed for --class-chunk classes at a time; a list.
+def plain_encode_text(clip, prompts):
+    """What encode_text computes, as one would write it down (a test holds the two together).
 
-    The activations of several chunks are not kept but computed again in the backward pass: memory stays flat as C grows."""
-    chunks = [prompts[c:c + clip.class_chunk] for c in range(0, len(prompts), clip.class_chunk)]
-    if len(chunks) > 1 and torch.is_grad_enabled():
-        encode = functools.partial(checkpoint, encode, use_reentrant=False)
-    return [torch.cat(column) for column in zip(*map(encode, chunks))]
-
-
-def check_length(clip, prompts):
-    """Raises Problem if a prompt is longer than the text tower reads."""
-    longest, most = max(sum(map(len, parts)) for parts in prompts), len(clip.text.positional_embedding)
-    if longest > most:
-        raise Problem(f"the longest prompt takes {longest} tokens, CLIP reads {most}: "
-                      "a smaller --n-ctx or shorter --ctx-init leaves more for the name")
-
-
-def pad(prompts, skip=0):
-    """C prompts without their first tokens as one tensor (C, L, W), zeros behind, and the place of each last token, (C,)."""
-    rows = [torch.cat(parts)[skip:] for parts in prompts]
-    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True), torch.tensor([len(row) - 1 for row in rows])
-
-
-def queries_keys_values(block, x):
-    """The first half of open_clip's ResidualAttentionBlock: (C, L, W) -> three of (C, heads, L, W / heads)."""
-    qkv = F.linear(block.ln_1(x), block.attn.in_proj_weight, block.attn.in_proj_bias)
-    return qkv.view(*x.shape[:2], 3, block.attn.num_heads, -1).permute(2, 0, 3, 1, 4)
-
-
-def finish_block(block, x, attended):
-    """Its second half: what was attended to (C, heads, L, W / heads) into the residual stream (C, L, W)."""
-    x = x + block.ls_1(block.attn.out_proj(attended.transpose(1, 2).flatten(2)))
-    return x + block.ls_2(block.mlp(block.ln_2(x)))
-
-
-def text_feature(text, x):
-    """The end token's last state (C, W) -> the tower's feature (C, D), not yet of length 1."""
-    x, projection = text.ln_final(x), text.text_projection
-    return projection(x) if isinstance(projection, torch.nn.Linear) else x @ projection
+    CLIP pads to 77 tokens; the tower is causal, so what stands behind the end token changes nothing."""
+    x, last = text_tower.pad(prompts)                                            # (C, L, W), (C,)
+    length = x.shape[1]
+    x = x + clip.text.positional_embedding[:length]
+    for block in clip.text.transformer.resblocks:
+        x = block(x, attn_mask=clip.text.attn_mask[:length, :length])
+    x = text_tower.feature(clip.text, x[torch.arange(len(x)), last])        # at the end token
+    return F.normalize(x.float(), dim=-1)
 
 
 @torch.no_grad()
