@@ -29,6 +29,8 @@ from data import pictures, results, text_tower
 from data.errors import Parser, Problem, number, one_line_errors, several, words  # noqa: F401, the scripts use them from here
 from data.files import CATALOGUE, Data, known, list_data, load_data
 from data.images import cached, load_pixels
+from data.text_tower import check_length, in_chunks, pad  # noqa: F401, for RESTORE
+from data.text_tower import feature as text_feature
 
 HERE = Path(__file__).resolve().parent
 TINY_CLIP = f"local-dir:{HERE / 'data' / 'tiny_clip'}"
@@ -243,12 +245,12 @@ def plain_encode_text(clip, prompts):
     """What encode_text computes, as one would write it down (a test holds the two together).
 
     CLIP pads to 77 tokens; the tower is causal, so what stands behind the end token changes nothing."""
-    x, last = text_tower.pad(prompts)                                            # (C, L, W), (C,)
+    x, last = pad(prompts)                                            # (C, L, W), (C,)
     length = x.shape[1]
     x = x + clip.text.positional_embedding[:length]
     for block in clip.text.transformer.resblocks:
         x = block(x, attn_mask=clip.text.attn_mask[:length, :length])
-    x = text_tower.feature(clip.text, x[torch.arange(len(x)), last])        # at the end token
+    x = text_feature(clip.text, x[torch.arange(len(x)), last])        # at the end token
     return F.normalize(x.float(), dim=-1)
 
 
