@@ -53,10 +53,22 @@ class Prompt(torch.nn.Module):
         return self(common.name_tokens(self.clip, classnames))
 
 
+def template_words(run, args):
+    """The words before the name in ProGrad's own template, embedded: the learned ones, and the rest.
+
+    (m, W) and (k, W). As in the authors' code m is the number of words between spaces. A comma is a
+    token of its own, so that of "a type of pet, a photo of a" the last "a" is not among the first
+    m = 8 tokens: it stays in front of the name, unlearned. The authors refuse more words than there
+    are slots; here the last of them are learned."""
+    text = (args.ctx_init or run.data.prograd_template.split("{}")[0]).strip()
+    tokens, m = common.embed(run.clip, text), len(text.split())
+    return tokens[:m][-args.n_ctx:], tokens[m:]
+
+
 def first_context(run, args):
-    """Where the context starts: in the last of M slots the words before the name in ProGrad's own template, else zeros."""
-    clip, copies = run.clip, [len(run.classnames)] if args.class_specific else []
-    words = common.embed(clip, args.ctx_init or run.data.prograd_template.split("{}")[0])[-args.n_ctx:]
+    """Where the context starts: the template's words in the last of the M slots, zeros before."""
+    copies = [len(run.classnames)] if args.class_specific else []
+    words, _ = template_words(run, args)
     return F.pad(words, (0, 0, args.n_ctx - len(words), 0)).repeat(*copies, 1, 1)
 
 
