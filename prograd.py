@@ -33,18 +33,22 @@ import common
 
 
 class Prompt(torch.nn.Module):
-    """The learned context `v`, (M, W) shared by all classes or (C, M, W) class-specific, and the prompts made with it."""
+    """The learned context `v`, (M, W) shared by all classes or (C, M, W) class-specific, and the prompts made with it.
 
-    def __init__(self, clip, v, position="end"):
+    What is left over of the template's words, (k, W), stands unlearned in front of the name."""
+
+    def __init__(self, clip, v, position="end", left_over=None):
         super().__init__()
         self.clip, self.position, self.v = clip, position, torch.nn.Parameter(v)
+        self.left_over = v.new_empty(0, v.shape[-1]) if left_over is None else left_over
 
     def forward(self, names):
         """Class features w (C, D), of length 1. `names`: of each class the embeddings of [name_c, "."], and name_c's length."""
         start, end = common.start_end(self.clip)                                      # (1, W) each
         v = self.v.expand(len(names), -1, -1)                                         # (C, M, W)
         m = {"end": v.shape[1], "middle": v.shape[1] // 2, "front": 0}[self.position]  # how much of it is before the name
-        prompts = [[start, v_c[:m], name[:n], v_c[m:], name[n:], end] for v_c, (name, n) in zip(v, names)]
+        prompts = [[start, v_c[:m], self.left_over, name[:n], v_c[m:], name[n:], end]
+                   for v_c, (name, n) in zip(v, names)]
         same = 1 + m if self.v.ndim == 2 else 0                                       # first tokens, the same for all c
         return common.encode_text(self.clip, prompts, shared=same)
 
@@ -119,7 +123,8 @@ def main():
     parser.add_argument("--temperature", type=common.number(), default=1.0, metavar="T", help="of the general loss (1)")
     args = common.parse(parser)
     for run in common.runs(__file__, args):
-        prompt = Prompt(run.clip, first_context(run, args), args.position)
+        _, left_over = template_words(run, args)
+        prompt = Prompt(run.clip, first_context(run, args), args.position, left_over)
         if not run.load(prompt):
             train(prompt, run, args)
         run.finish(prompt)
