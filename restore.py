@@ -76,8 +76,8 @@ class Prompt(torch.nn.Module):
         else:
             visual = [noise(n, width_v) for _ in range(depth)] if args.towers != "text" else []
             self.visual_prompts = torch.nn.ParameterList(visual)                      # D of (n, W_v)
-        self.register_buffer("blend", torch.tensor([args.blend, args.blend]))
-        if args.blend:
+        self.register_buffer("blend", torch.tensor(args.blend).expand(2).clone())    # (text, vision)
+        if self.blend.any():
             self.text_surgery, self.visual_surgery = Surgery(tower.output_dim), Surgery(tower.output_dim)
         self.to(clip.device)
         self.gram_at_start = [g.detach() for g in self.gram()]
@@ -216,9 +216,17 @@ def train(prompt, run, args):
             loss.backward()
             optimizer.step()
             run.log(epoch, loss=loss, consistency=l_fs, shift_text=shift_t, shift_vision=shift_v)
-        if args.blend and epoch + 1 == max(1, round(epochs / 3)):
+        if prompt.blend.any() and epoch + 1 == max(1, round(epochs / 3)):
             shifts = [run.history()[tower][-1] for tower in ("shift_text", "shift_vision")]  # this epoch's, by block
             prompt.raise_blends([sum(shift) / len(shift) for shift in shifts])
+
+
+def blends(text):
+    """An argparse type: one number for both towers' surgery, or the text's and the vision's."""
+    both = common.several(common.number(low_ok=True))(text)
+    if len(both) > 2:
+        raise common.Problem(f"--blend {text}: wants one number, or the text's and the vision's")
+    return both if len(both) == 2 else both[0]
 
 
 def main():
@@ -234,8 +242,8 @@ def main():
                         help="measured on features, or the released code's stand-in (features)")
     parser.add_argument("--shift-weight", type=common.number(low_ok=True), default=10.0, metavar="GAMMA",
                         help="of the consistency loss; 0: off (10)")
-    parser.add_argument("--blend", type=common.number(low_ok=True), default=0.1, metavar="B",
-                        help="of the surgery blocks at the start; 0: none (0.1)")
+    parser.add_argument("--blend", type=blends, default=0.1, metavar="B[,B]",
+                        help="of the surgery blocks at the start, or text's,vision's; 0: none (0.1)")
     args = common.parse(parser)
     if args.towers != "both" and (args.prompts == "coupled" or args.shift == "gram"):
         raise common.Problem(f"--prompts coupled and --shift gram need prompts in both towers, not --towers {args.towers}")
