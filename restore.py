@@ -216,7 +216,7 @@ def train(prompt, run, args):
             loss.backward()
             optimizer.step()
             run.log(epoch, loss=loss, consistency=l_fs, shift_text=shift_t, shift_vision=shift_v)
-        if prompt.blend.any() and epoch + 1 == max(1, round(epochs / 3)):
+        if prompt.blend.any() and epoch == epochs // 3:  # after the fourth of ten epochs, as released
             shifts = [run.history()[tower][-1] for tower in ("shift_text", "shift_vision")]  # this epoch's, by block
             prompt.raise_blends([sum(shift) / len(shift) for shift in shifts])
 
