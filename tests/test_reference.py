@@ -1,4 +1,4 @@
-"""The scripts against the vectors of tests/reference (or of $REFERENCE_DIR), whose README.md says what they are."""
+"""The scripts against the vectors of tests/reference (or $REFERENCE_DIR); its README.md explains."""
 
 import json
 import os
@@ -13,7 +13,9 @@ HERE = Path(__file__).parent
 FILES = sorted(Path(os.environ.get("REFERENCE_DIR", HERE / "reference")).glob("*.npz"))
 LEARNED = [file for file in FILES if not file.name.startswith("restore")]
 RESTORE = [file for file in FILES if file.name.startswith("restore")]
-COLUMNS = {"coop": ["loss"], "prograd": ["loss", "general_loss", "cosine"], "mvp_mi": ["loss", "bound"]}
+PROGRAD = [file for file in FILES if file.name.startswith("prograd")]
+COLUMNS = {"coop": ["loss"], "prograd": ["loss", "general_loss", "cosine"],
+           "mvp_mi": ["loss", "bound"]}
 
 
 def by_name(file):
@@ -24,17 +26,19 @@ def close(found, expected, tolerance, what):
     """The norm of the difference over the norm of what is expected is below the tolerance."""
     found, expected = torch.as_tensor(found).detach().double(), torch.as_tensor(expected).double()
     error = ((found - expected).norm() / expected.norm().clamp_min(1e-12)).item()
-    assert found.shape == expected.shape and error < tolerance, f"{what}: relative error {error:.2e}"
+    assert found.shape == expected.shape
+    assert error < tolerance, f"{what}: relative error {error:.2e}"
 
 
 def close_log(found, expected, columns):
-    """Every column by itself, so that a large one does not hide a small one; the first row more closely.
+    """Every column by itself, so that a large one hides no small one; the first row more closely.
 
     RESTORE's consistency is a sum of squared differences of nearly equal numbers, and coarser."""
     for k, column in enumerate(columns):
         values = np.array([float(step[column]) for step in found])
-        close(values[:1], expected[:1, k], 1e-3 if column == "consistency" else 1e-4, f"{column} of the first step")
-        close(values, expected[:, k], 1e-2 if column == "consistency" else 1e-3, column)
+        first, all_steps = (1e-3, 1e-2) if column == "consistency" else (1e-4, 1e-3)
+        close(values[:1], expected[:1, k], first, f"{column} of the first step")
+        close(values, expected[:, k], all_steps, column)
 
 
 @pytest.mark.parametrize("file", LEARNED, ids=by_name)
@@ -57,7 +61,8 @@ def test_restore_goes_the_way_of_the_reference(file):
     training = follow(config)
     end = training.prompt
     assert {name: list(p.shape) for name, p in end.named_parameters()} == config["parameters"]
-    close(training.parameters_initial["text_prompts.0"], arrays["text_prompts_0_initial"], 1e-4, "words")
+    words = training.parameters_initial["text_prompts.0"]
+    close(words, arrays["text_prompts_0_initial"], 1e-4, "first words")
     for entry in arrays:
         kind, _, name = entry.partition("/")
         if kind == "gradient_initial":
@@ -77,9 +82,9 @@ def test_restore_goes_the_way_of_the_reference(file):
     close(end.blend - before, after - before, 2e-3, "what the blends have grown by")
 
 
-@pytest.mark.parametrize("file", [file for file in FILES if file.name.startswith("prograd")], ids=by_name)
+@pytest.mark.parametrize("file", PROGRAD, ids=by_name)
 def test_momentum_and_weight_decay_lead_from_the_gradients_to_the_final_context(file):
-    """No CLIP is needed for this, nor a script: what any port's optimiser has to do with the recorded gradients."""
+    """No CLIP is needed for this: what any port's optimiser has to do with recorded gradients."""
     config, arrays = read(file)
     v = arrays["context_initial"].astype(np.float64)
     u = np.zeros_like(v)

@@ -1,8 +1,8 @@
-"""Makes what goes with the reference vectors, and those that are our own code's. README.md says what they hold.
+"""Makes what goes with the reference vectors, and those of our own code; README.md describes them.
 
-    python tests/reference/make.py weights coop_end FILE.safetensors    the made-up weights of a file, for a port
-    python tests/reference/make.py complete                             to every file what spares tower and tokenizer
-    python tests/reference/make.py own                                  the vectors of our own code, anew
+    python tests/reference/make.py weights coop_end FILE.safetensors    made-up weights, for a port
+    python tests/reference/make.py complete     adds what spares a port image tower and tokenizer
+    python tests/reference/make.py own          the vectors of our own code, anew
 """
 
 import contextlib
@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 
 HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE.parents[1]), str(HERE.parent)]  # as a script: the repository, and conftest.py
+sys.path[:0] = [str(HERE.parents[1]), str(HERE.parent)]  # where common.py and conftest.py are
 
 import common  # noqa: E402
 from conftest import made_up_run  # noqa: E402
@@ -52,7 +52,8 @@ def made_up(name, shape):
 
 def restore_start(name, shape):
     """Where RESTORE's parameter `name` starts (but text_prompts.0, which are words)."""
-    x = np.random.RandomState(zlib.crc32(f"restore/{name}".encode())).standard_normal(shape).astype(np.float32)
+    seed = zlib.crc32(f"restore/{name}".encode())
+    x = np.random.RandomState(seed).standard_normal(shape).astype(np.float32)
     if name.endswith("norm.weight"):
         x = 1 + 0.1 * x
     elif name.endswith("bias") or "_prompts." in name:
@@ -64,23 +65,31 @@ def restore_start(name, shape):
 
 def small_clip(c):
     """The small CLIP of config["clip"], as the scripts know a CLIP."""
-    vision = {"image_size": c["image"], "layers": c["v_layers"], "width": c["v_width"], "patch_size": c["patch"]}
-    text = {"context_length": c["ctx"], "vocab_size": c["vocab"], "width": c["t_width"], "heads": c["t_width"] // 64,
-            "layers": c["t_layers"]}
+    vision = {"image_size": c["image"], "layers": c["v_layers"], "width": c["v_width"],
+              "patch_size": c["patch"]}
+    text = {"context_length": c["ctx"], "vocab_size": c["vocab"], "width": c["t_width"],
+            "heads": c["t_width"] // 64, "layers": c["t_layers"]}
     model = open_clip.CLIP(c["embed"], vision, text, quick_gelu=True)
-    model.load_state_dict({name: made_up(name, tuple(x.shape)) for name, x in model.state_dict().items()})
+    model.load_state_dict({k: made_up(k, tuple(x.shape)) for k, x in model.state_dict().items()})
     model.eval().requires_grad_(False)
-    scale = model.logit_scale.exp().item()
-    return common.Clip(model, model, open_clip.SimpleTokenizer(), None, None, scale, "cpu", "fp32", "")
+    scale, tokenizer = model.logit_scale.exp().item(), open_clip.SimpleTokenizer()
+    return common.Clip(model, model, tokenizer, None, None, scale, "cpu", "fp32", "")
 
 
 def images(config):
     """The input batch, (B, 3, H, W): it is fed as it is, without preprocessing."""
     shape = (len(config["labels"]), 3, config["image_size"], config["image_size"])
-    return torch.from_numpy(np.random.RandomState(config["image_seed"]).standard_normal(shape).astype(np.float32))
+    x = np.random.RandomState(config["image_seed"]).standard_normal(shape)
+    return torch.from_numpy(x.astype(np.float32))
 
 
-# ---------------------------------------------------------------- a script's training, followed step by step
+def noise(seed, shape):
+    """A random context."""
+    x = 0.02 * np.random.RandomState(seed).standard_normal(shape)
+    return torch.from_numpy(x.astype(np.float32))
+
+
+# ---------------------------------------------------------------- a script's training, step by step
 
 @dataclass
 class Training:
@@ -100,23 +109,27 @@ def flags(config):
     """The command line for what `config` says."""
     made = ["--lr", config["lr"], "--n-ctx", config["n_ctx"], "--ctx-init", config["context_words"]]
     if config["method"] == "restore":
-        made += ["--epochs", 1, "--views", 1, "--depth", config["depth"], "--prompts", config["prompts"],
-                 "--shift", config["shift"], "--shift-weight", config["shift_weight"],
+        made += ["--epochs", 1, "--views", 1, "--depth", config["depth"],
+                 "--prompts", config["prompts"], "--shift", config["shift"],
+                 "--shift-weight", config["shift_weight"],
                  "--blend", f"{config['blend_text']},{config['blend_visual']}"]
     else:
         made += ["--epochs", config["steps"], "--position", config["class_token_position"]]
         made += ["--class-specific"] if config["class_specific"] else []
     if config["method"] == "prograd":
-        made += ["--projection", config["projection_strength"], "--temperature", config["temperature"]]
+        made += ["--projection", config["projection_strength"],
+                 "--temperature", config["temperature"]]
     return [str(flag) for flag in [*made, *config.get("flags", [])]]
 
 
 def follow(config):
-    """The training of `config` by its script's main(), with made-up CLIP, batch and start, at a constant learning rate.
+    """The training of `config` by its script's main(): made-up CLIP, batch and start.
 
-    What is patched: where runs come from, the schedule, and how image features are encoded."""
+    What is patched: where runs come from, the schedule (the learning rate is constant), and how
+    image features are encoded."""
     script, clip = importlib.import_module(config["method"]), small_clip(config["clip"])
-    x, y, restore = images(config), torch.tensor(config["labels"]), config["method"] == "restore"
+    restore, template = config["method"] == "restore", config.get("template", "a photo of a {}.")
+    x, y = images(config), torch.tensor(config["labels"])
     with torch.no_grad():
         f = F.normalize(clip.model.encode_image(x), dim=-1)
     rows = torch.arange(len(y))
@@ -129,15 +142,15 @@ def follow(config):
             return clip.logit_scale * features @ prompt.class_features(config["classnames"]).T
 
     def runs(_, args):
-        run = made_up_run(clip, config["classnames"], config.get("template", "a photo of a {}."), batches, args)
-        run.features, run.data.template = f[:, None], config.get("template", "a photo of a {}.")
+        run = made_up_run(clip, config["classnames"], template, batches, args)
         if config["method"] == "prograd":
             run.data.template = "{}, which ProGrad's own template is not."
         note = run.log
 
         def log(epoch, **values):
-            found["log"].append({name: torch.as_tensor(value).detach() for name, value in values.items()})
-            found["gradients"].append({name: p.grad.clone() for name, p in found["prompt"].named_parameters()})
+            named = found["prompt"].named_parameters()
+            found["gradients"].append({name: p.grad.clone() for name, p in named})
+            found["log"].append({k: torch.as_tensor(value).detach() for k, value in values.items()})
             note(epoch, **values)
 
         run.log, run.finish, found["run"] = log, lambda *_, **__: None, run
@@ -154,9 +167,9 @@ def follow(config):
                         p.copy_(restore_start(name, tuple(p.shape)))
                 prompt.gram_at_start = [gram.detach() for gram in prompt.gram()]
             elif config["context_seed"] is not None:
-                noise = np.random.RandomState(config["context_seed"]).standard_normal(tuple(prompt.v.shape))
-                prompt.v.copy_(torch.from_numpy((0.02 * noise).astype(np.float32)))
-        found["parameters_initial"] = {name: p.detach().clone() for name, p in prompt.named_parameters()}
+                prompt.v.copy_(noise(config["context_seed"], tuple(prompt.v.shape)))
+        named = prompt.named_parameters()
+        found["parameters_initial"] = {name: p.detach().clone() for name, p in named}
         found["prompt"], found["logits_initial"] = prompt, logits(prompt)
         train(prompt, run, args)
 
@@ -164,10 +177,13 @@ def follow(config):
         return encode(x).float()[:, None]
 
     with contextlib.ExitStack() as patches, tempfile.TemporaryDirectory() as folder:
-        argv = [f"{config['method']}.py", *flags(config), "--device", "cpu", "--out", f"{folder}/results.jsonl"]
-        for where, name, what in ((sys, "argv", argv), (script, "train", started), (common, "runs", runs),
-                                  (common, "learning_rate", lambda epoch, epochs, lr: lr),
-                                  (common, "encode_images", encode_images), (common, "nearest_words", lambda *_: "")):
+        argv = [f"{config['method']}.py", *flags(config), "--device", "cpu"]
+        patched = [(sys, "argv", [*argv, "--out", f"{folder}/results.jsonl"]),
+                   (script, "train", started), (common, "runs", runs),
+                   (common, "learning_rate", lambda epoch, epochs, lr: lr),
+                   (common, "encode_images", encode_images),
+                   (common, "nearest_words", lambda *_: "")]
+        for where, name, what in patched:
             patches.enter_context(mock.patch.object(where, name, what))
         with contextlib.redirect_stdout(None):
             script.main()
@@ -188,17 +204,19 @@ def write(file, config, arrays):
     """The file, and beside it the same `config` as JSON, with the numbers of the tokens."""
     arrays = {key: np.asarray(value) for key, value in arrays.items()}
     np.savez_compressed(file, config=np.array(json.dumps(config)), **arrays)
-    beside = {"config": config, "tokens": tokens(config)}
-    lines = ",\n".join(f'"{key}": {{\n' + ",\n".join(f"  {json.dumps(k)}: {json.dumps(v)}" for k, v in part.items()) + "\n}"
-                       for key, part in beside.items())
-    Path(file).with_suffix(".json").write_text("{\n" + lines + "\n}\n")
+    parts = []
+    for key, part in {"config": config, "tokens": tokens(config)}.items():
+        lines = ",\n".join(f"  {json.dumps(k)}: {json.dumps(v)}" for k, v in part.items())
+        parts.append(f'"{key}": {{\n{lines}\n}}')
+    Path(file).with_suffix(".json").write_text("{\n" + ",\n".join(parts) + "\n}\n")
 
 
 def tokens(config):
     """The token numbers of what a port would need a tokenizer for."""
-    encode, names = open_clip.SimpleTokenizer().encode, [name.replace("_", " ") for name in config["classnames"]]
-    words = config["context_words"]
-    found = {"start_of_text": 49406, "end_of_text": 49407, "names_with_full_stop": [encode(f"{name}.") for name in names],
+    encode, words = open_clip.SimpleTokenizer().encode, config["context_words"]
+    names = [name.replace("_", " ") for name in config["classnames"]]
+    found = {"start_of_text": 49406, "end_of_text": 49407,
+             "names_with_full_stop": [encode(f"{name}.") for name in names],
              "name_lengths": [len(encode(name)) for name in names]}
     if config["method"] == "prograd":
         words = words or config["template"].split("{}")[0].strip()
@@ -213,7 +231,7 @@ def tokens(config):
 
 
 def complete(file):
-    """Adds what spares a port the image tower and the tokenizer; what was computed by others stays as it is."""
+    """Adds what spares a port image tower and tokenizer; what others computed stays as it is."""
     config, arrays = read(file)
     x, clip = images(config), small_clip(config["clip"])
     if config["method"] == "restore":
@@ -224,22 +242,24 @@ def complete(file):
         if config["context_seed"] is not None and "context_initial" not in arrays:
             count = [len(config["classnames"])] * config["class_specific"]
             shape = (*count, config["n_ctx"], config["clip"]["t_width"])
-            noise = np.random.RandomState(config["context_seed"]).standard_normal(shape)
-            arrays["context_initial"] = (0.02 * noise).astype(np.float32)
+            arrays["context_initial"] = noise(config["context_seed"], shape)
     write(file, config, arrays)
 
 
-SMALL = {"embed": 128, "v_width": 128, "v_layers": 2, "patch": 8, "image": 32, "t_width": 128, "t_layers": 4,
-         "ctx": 77, "vocab": 49408}
-NAMES = ["Annual Crop Land", "Forest", "Herbaceous Vegetation Land", "Highway or Road", "Industrial Buildings"]
+SMALL = {"embed": 128, "v_width": 128, "v_layers": 2, "patch": 8, "image": 32, "t_width": 128,
+         "t_layers": 4, "ctx": 77, "vocab": 49408}
+NAMES = ["Annual Crop Land", "Forest", "Herbaceous Vegetation Land", "Highway or Road",
+         "Industrial Buildings"]
 
 
 def own_restore():
-    """RESTORE as in the paper: independent prompts, shift of features; towers of 4 and 3 blocks, two blends."""
-    config = {"method": "restore", "prompts": "independent", "shift": "features", "classnames": NAMES,
-              "labels": [0, 3, 1, 4], "n_ctx": 2, "context_words": "a photo of a", "depth": 2, "image_seed": 7,
-              "image_size": 32, "blend_text": 0.2, "blend_visual": 0.1, "shift_weight": 10.0, "lr": 0.0035,
-              "momentum": 0.9, "weight_decay": 0.0005, "steps": 3, "clip": {**SMALL, "v_layers": 3}}
+    """RESTORE as in the paper: independent prompts, shift of features, towers of unlike depth."""
+    config = {"method": "restore", "prompts": "independent", "shift": "features",
+              "classnames": NAMES, "labels": [0, 3, 1, 4], "n_ctx": 2,
+              "context_words": "a photo of a", "depth": 2, "image_seed": 7,
+              "image_size": 32, "blend_text": 0.2, "blend_visual": 0.1,
+              "shift_weight": 10.0, "lr": 0.0035, "momentum": 0.9, "weight_decay": 0.0005,
+              "steps": 3, "clip": {**SMALL, "v_layers": 3}}
     t = follow(config)
     config["parameters"] = {name: list(p.shape) for name, p in t.prompt.named_parameters()}
     config["blend_text_after"], config["blend_visual_after"] = t.prompt.blend.tolist()
