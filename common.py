@@ -29,7 +29,7 @@ from tqdm import tqdm
 from data import pictures, results
 from data.errors import Parser, Problem, number, one_line_errors, several, words  # noqa: F401, the scripts use them from here
 from data.files import CATALOGUE, Data, known, list_data, load_data
-from data.images import cached, load_pixels
+from data.images import cached, content_digests, load_pixels
 
 HERE = Path(__file__).resolve().parent
 TINY_CLIP = f"local-dir:{HERE / 'data' / 'tiny_clip'}"
@@ -144,11 +144,19 @@ def load_clip(args):
         raise Problem(f"--backbone {name}: its text tower is not CLIP's causal transformer, which the prompts are for")
     crop = RandomResizedCrop(model.visual.preprocess_cfg["size"], (0.08, 1.0), interpolation=InterpolationMode.BICUBIC)
     augment = transforms.Compose([crop, RandomHorizontalFlip(), *preprocess.transforms[2:]])
-    digest = hashlib.blake2b(repr((preprocess, args.precision, args.device)).encode(), digest_size=16)
-    for tensor in model.visual.state_dict().values():
-        digest.update(tensor.cpu().contiguous().numpy())
     return Clip(model, text, tokenizer, preprocess, augment, model.logit_scale.exp().item(), args.device, args.precision,
-                digest.hexdigest(), args.class_chunk)
+                image_key(model.visual, preprocess, augment, args.precision, args.device), args.class_chunk)
+
+
+def image_key(visual, *more):
+    """Stands in the cache for all that image features depend on beside the image: architecture, weights and `more`."""
+    plain = lambda value: value is None or isinstance(value, (bool, int, float, str, tuple))
+    key = hashlib.blake2b(repr(more).encode(), digest_size=16)
+    for name, module in visual.named_modules():  # the same weights mean something else with other heads, pooling, GELU
+        key.update(repr((name, type(module), {k: v for k, v in vars(module).items() if plain(v)})).encode())
+    for tensor in visual.state_dict().values():
+        key.update(tensor.cpu().contiguous().numpy())
+    return key.hexdigest()
 
 
 # ---------------------------------------------------------------- few-shot samples, base and new classes
@@ -181,19 +189,26 @@ def encode_images(clip, items, cache, views=None, encode=None, kind=""):
     Raises Problem at a picture that is missing or cannot be read."""
     start, paths, each = time.time(), [str(item.path) for item in items], views or [0]
     encode = encode or (lambda x: F.normalize(clip.model.encode_image(x).float(), dim=-1))
-    batch_size = max(1, (256 if clip.device == "cuda" else 32) // len(each))
+    transform, batch_size = clip.augment if views else clip.preprocess, 256 if clip.device == "cuda" else 16
 
-    def compute():
-        done, transform = [], clip.augment if views else clip.preprocess
-        with clip.autocast(), progress(total=len(paths), desc="encoding images", unit="image") as bar:
-            for pixels in load_pixels(paths, transform, [each] * len(paths), batch_size, clip.device):    # (n, V, 3, H, W)
-                done.append(encode(pixels.flatten(0, 1)).float().view(*pixels.shape[:2], -1).cpu())
-                bar.update(len(pixels))
-        return torch.cat(done) if views else torch.cat(done)[:, 0]
+    def compute(rows, missing):                                                       # row i V + j: picture i, view j
+        bar.total, features = bar.n + missing, []
+        some = {}
+        for row in rows:
+            some.setdefault(row // len(each), []).append(each[row % len(each)])
+        for pixels in load_pixels([paths[i] for i in some], transform, list(some.values()), batch_size, clip.device):
+            n = len(pixels)  # batches of one shape: else a picture's features would depend on its company, in the last bit
+            pixels = F.pad(pixels, (0, 0) * 3 + (0, batch_size - n))                  # (batch_size, 3, H, W)
+            features.append(encode(pixels)[:n].float().cpu())
+            bar.update(n)
+        return torch.cat(features)
 
-    features = cached(cache, (clip.key, kind, views), paths, compute)
+    with clip.autocast(), progress(desc="encoding images", unit="image", delay=0.5) as bar:
+        contents = content_digests(paths, cache) if cache else paths
+        names = [(content, view) for content in contents for view in each]
+        features = cached(cache, (clip.key, kind, bool(views)), names, compute, 8 * batch_size)
     clip.seconds += time.time() - start
-    return features.to(clip.device)
+    return (features.unflatten(0, (len(paths), -1)) if views else features).to(clip.device)
 
 
 # ---------------------------------------------------------------- prompts to class features
@@ -383,7 +398,7 @@ class Run:
         views = [[numbers[view]] for _, some in plan for view in some]
         loader = load_pixels(paths, self.clip.augment, views, self.args.batch_size, self.clip.device)
         for (rows, views), pixels in zip(plan, loader):
-            yield pixels[:, 0], self.labels[rows], rows, views
+            yield pixels, self.labels[rows], rows, views
 
     def log(self, epoch, **values):
         """Notes what a step computed, numbers or tensors; the record holds their means over the steps of each epoch."""
