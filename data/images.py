@@ -245,9 +245,9 @@ def write_whole(file, tensors, metadata=None):
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, metadata)
         os.chmod(temporary, 0o644)
         os.replace(temporary, file)
-    except SafetensorError as error:  # how safetensors tells that the disk is full
+    except (SafetensorError, OSError) as error:  # the first is how safetensors tells that the disk is full
         os.unlink(temporary)
-        raise Problem(f"cannot write {file}: {error}") from None
+        raise Problem(f"cannot write {file}: {getattr(error, 'strerror', None) or error}") from None
     except BaseException:
         os.unlink(temporary)
         raise
