@@ -182,31 +182,35 @@ def half(items, classnames, new):
 
 @torch.no_grad()
 def encode_images(clip, items, cache, views=None, encode=None, kind=""):
-    """Image features f(x), L2-normalised: (N, D) of the pictures as they are, or (N, V, D) of the augmented `views`.
+    """Image features f(x), L2-normalised: (N, D) of the pictures as they are, or (N, V, D) of `views`.
 
-    They are computed once and kept in the folder `cache` (None: they are not). Another `encode` than CLIP's image tower,
-    pixels (n, 3, H, W) -> (n, D), is taken as it is and needs a name of its own in the cache, `kind`.
+    views  numbers of augmented views; number k of a picture always looks the same
+    cache  the folder where they are kept: each is computed once, whoever asks (None: not kept)
+    encode another function than CLIP's image tower, pixels (n, 3, H, W) -> (n, D), whose features
+           are taken as they are; it needs a name of its own in the cache, `kind`
     Raises Problem at a picture that is missing or cannot be read."""
     start, paths, each = time.time(), [str(item.path) for item in items], views or [0]
     encode = encode or (lambda x: F.normalize(clip.model.encode_image(x).float(), dim=-1))
-    transform, batch_size = clip.augment if views else clip.preprocess, 256 if clip.device == "cuda" else 16
+    transform = clip.augment if views else clip.preprocess
+    size = 256 if clip.device == "cuda" else 16  # batches of one size, the last one filled up: else
+    # the last bits of a picture's features would depend on its company
 
-    def compute(rows, missing):                                                       # row i V + j: picture i, view j
-        bar.total, features = bar.n + missing, []
-        some = {}
+    def compute(rows, missing):                       # row i V + j is view j of picture i
+        bar.total, some, features = bar.n + missing, {}, []
         for row in rows:
             some.setdefault(row // len(each), []).append(each[row % len(each)])
-        for pixels in load_pixels([paths[i] for i in some], transform, list(some.values()), batch_size, clip.device):
-            n = len(pixels)  # batches of one shape: else a picture's features would depend on its company, in the last bit
-            pixels = F.pad(pixels, (0, 0) * 3 + (0, batch_size - n))                  # (batch_size, 3, H, W)
-            features.append(encode(pixels)[:n].float().cpu())
+        chosen = [paths[i] for i in some]
+        for pixels in load_pixels(chosen, transform, [*some.values()], size, clip.device):
+            n = len(pixels)
+            pixels = F.pad(pixels, (0, 0) * 3 + (0, size - n))                # (size, 3, H, W)
+            features.append(encode(pixels)[:n].float().cpu())                 # (n, D)
             bar.update(n)
         return torch.cat(features)
 
     with clip.autocast(), progress(desc="encoding images", unit="image", delay=0.5) as bar:
         contents = content_digests(paths, cache) if cache else paths
         names = [(content, view) for content in contents for view in each]
-        features = cached(cache, (clip.key, kind, bool(views)), names, compute, 8 * batch_size)
+        features = cached(cache, (clip.key, kind, bool(views)), names, compute, 8 * size)
     clip.seconds += time.time() - start
     return (features.unflatten(0, (len(paths), -1)) if views else features).to(clip.device)
 

@@ -1,4 +1,4 @@
-"""From picture files to features: what is read, and a cache in which nothing is computed twice and nothing is wrong."""
+"""From picture files to features: what is read, and a cache in which nothing is computed twice."""
 
 import copy
 import errno
@@ -39,7 +39,7 @@ def pieces(cache):
 
 @pytest.fixture
 def encoded(tiny, monkeypatch):
-    """encode_images of the tiny CLIP that also returns how many pictures it encoded, each view counted."""
+    """encode_images of the tiny CLIP, and how many pictures it encoded for it, each view counted."""
     def run(items, cache, views=None):
         count, original = [], images.Pictures.__getitem__
 
@@ -77,7 +77,8 @@ def test_views_do_not_depend_on_the_place_or_company_of_a_picture(encoded, tmp_p
     here, there = (made_up_pictures(tmp_path / place / "a", 3) for place in ("here", "there"))
     both, _ = encoded(items_of(here), None, [0, 1])
     one, _ = encoded(items_of(there[2:]), None, [1])
-    assert torch.equal(both[2, 1], one[0, 0]) and not torch.allclose(both[:, 0], both[:, 1], atol=1e-3)
+    assert torch.equal(both[2, 1], one[0, 0])
+    assert not torch.allclose(both[:, 0], both[:, 1], atol=1e-3)
 
 
 def test_a_picture_may_be_listed_twice(encoded, tmp_path):
@@ -126,7 +127,8 @@ def test_a_changed_picture_is_encoded_anew(encoded, tmp_path):
     first, _ = encoded(items, cache)
     made_up_pictures(tmp_path / "a", 1, seed=7)
     changed, count = encoded(items, cache)
-    assert count == 1 and not torch.equal(first[0], changed[0]) and torch.equal(first[1:], changed[1:])
+    assert count == 1 and not torch.equal(first[0], changed[0])
+    assert torch.equal(first[1:], changed[1:])
 
 
 def test_base_to_new_after_all_classes_encodes_nothing(cli, tmp_path, monkeypatch):
@@ -159,7 +161,8 @@ def test_the_key_knows_architecture_weights_and_preprocessing(tiny):
 
 DAMAGES = {"cut": lambda b: b[:-5], "flipped": lambda b: b[:-5] + bytes([b[-5] ^ 1]) + b[-4:],
            "empty": lambda b: b"", "zeros": lambda b: b"\0" * len(b),
-           "type": lambda b: b.replace(b"F32", b"I32"), "shape": lambda b: b.replace(b"[3,128]", b"[128,3]")}
+           "type": lambda b: b.replace(b"F32", b"I32"),
+           "shape": lambda b: b.replace(b"[3,128]", b"[128,3]")}
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
@@ -171,7 +174,8 @@ def test_a_damaged_piece_is_found_and_made_anew(encoded, tmp_path, damage):
     assert DAMAGES[damage](content) != content
     file.write_bytes(DAMAGES[damage](content))
     again, count = encoded(items, cache)
-    assert count == 3 and torch.equal(first, again) and [p.read_bytes() for p in pieces(cache)] == [content]
+    assert count == 3 and torch.equal(first, again)
+    assert [piece.read_bytes() for piece in pieces(cache)] == [content]
     assert encoded(items, cache)[1] == 0
 
 
@@ -203,7 +207,7 @@ folder = Path(sys.argv[1])
 items = [Item(str(path), 0, "") for path in sorted((folder / "a").iterdir())]
 
 
-def child(cache, name, most):  # encodes all pictures; kills itself when it has encoded more than `most` of them
+def child(cache, name, most):  # encodes all pictures; kills itself after more than `most` of them
     torch.set_num_threads(1)
     flags = ["--device", "cpu", "--out", str(folder / "unused.jsonl")]
     clip = common.load_clip(common.parse(common.flags("", 1, 1, 1), flags))
@@ -216,7 +220,8 @@ def child(cache, name, most):  # encodes all pictures; kills itself when it has 
             os.kill(os.getpid(), signal.SIGKILL)
         return clip.model.encode_image(x)
 
-    torch.save(common.encode_images(clip, items, folder / cache, None, encode, "counted"), folder / f"{name}.features")
+    features = common.encode_images(clip, items, folder / cache, None, encode, "counted")
+    torch.save(features, folder / f"{name}.features")
 
 
 def together(cache, **most):  # a child for each name; a fork, so that nothing is imported anew
@@ -241,11 +246,12 @@ together("three", three_0=20, three_1=never, three_2=never)
 
 @pytest.fixture(scope="module")
 def processes(tmp_path_factory):
-    """Several processes have encoded 400 pictures: (how many each encoded, the features of those that ended)."""
+    """Processes have encoded 400 pictures: (how many each of them, the features of those that ended)."""
     folder = tmp_path_factory.mktemp("processes")
     made_up_pictures(folder / "a", 400, size=16)
-    command = [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(HERE)!r})\n{SCRIPT}", folder]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE)}
+    command = [sys.executable, "-c", SCRIPT, folder]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0 and not done.stderr, done.stderr
     return ({file.stem: int(file.read_text()) for file in folder.glob("*.count")},
             {file.stem: torch.load(file) for file in folder.glob("*.features")})
@@ -253,7 +259,7 @@ def processes(tmp_path_factory):
 
 def test_a_killed_encoding_goes_on_from_its_last_piece(processes):
     counts, features = processes
-    assert [counts[f"killed-{k}"] for k in range(3)] == [144] * 3  # a batch is 16 pictures, a piece 128
+    assert [counts[f"killed-{k}"] for k in range(3)] == [144] * 3  # a batch is 16, a piece 128
     assert counts["last"] == 400 - 3 * 128 and torch.equal(features["last"], features["two_0"])
 
 
@@ -266,7 +272,8 @@ def test_two_processes_on_a_cold_cache_share_the_work(processes):
 def test_a_process_that_dies_leaves_nothing_locked(processes):
     counts, features = processes
     assert counts["three_0"] == 32 and counts["three_1"] + counts["three_2"] == 400
-    assert torch.equal(features["three_1"], features["two_0"]) and torch.equal(features["three_2"], features["two_0"])
+    assert torch.equal(features["three_1"], features["two_0"])
+    assert torch.equal(features["three_2"], features["two_0"])
 
 
 def test_where_there_are_no_locks_the_work_is_done_all_the_same(encoded, tmp_path, monkeypatch):
@@ -289,7 +296,8 @@ def test_a_disk_that_is_too_small_is_told_in_one_line_that_names_the_file(cli, t
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
         signal.signal(signal.SIGXFSZ, old)
-    assert run.status == 2 and len(run.err.splitlines()) == 1 and f"cannot write {tmp_path / 'cache'}" in run.err
+    assert run.status == 2 and len(run.err.splitlines()) == 1
+    assert f"cannot write {tmp_path / 'cache'}" in run.err
     assert not list(tmp_path.glob("cache/*/*.part"))
 
 
@@ -300,7 +308,8 @@ def test_a_cache_that_cannot_be_written_points_to_the_flag(cli, tmp_path, monkey
 
     monkeypatch.setattr(images.tempfile, "TemporaryFile", refuse)
     run = cli("coop", "--epochs", 1, "--views", 1, cache=tmp_path / "cache")
-    assert run.status == 2 and "--cache" in run.err and os.strerror(error) in run.err and str(tmp_path / "cache") in run.err
+    assert run.status == 2
+    assert all(word in run.err for word in ("--cache", os.strerror(error), str(tmp_path / "cache")))
 
 
 def test_a_cache_that_cannot_be_written_but_holds_all_is_enough(encoded, tmp_path, monkeypatch):
@@ -354,8 +363,9 @@ KINDS = ["plain", "cmyk", "palette", "animated", "1x1", "wide", "rotated", "alph
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_odd_pictures_are_read_as_pillow_and_clip_read_them_or_refused_by_name(tiny, tmp_path, kind):
-    rng, paths = random.Random(kind), [tmp_path / f"{k}.jpg" for k in range(1 if kind == "wide" else 9)]
+def test_odd_pictures_are_read_as_pillow_reads_them_or_refused_by_name(tiny, tmp_path, kind):
+    rng, count = random.Random(kind), 1 if kind == "wide" else 9
+    paths = [tmp_path / f"{k}.jpg" for k in range(count)]
     for path in paths:  # the ending is wrong for half of them, which must not matter
         path.write_bytes(picture(kind, rng))
     if kind in ("cut", "noise"):
@@ -365,13 +375,16 @@ def test_odd_pictures_are_read_as_pillow_and_clip_read_them_or_refused_by_name(t
     else:
         pixels = torch.stack([tiny.preprocess(Image.open(path).convert("RGB")) for path in paths])
         expected = tiny.model.encode_image(pixels, normalize=True)
-        assert torch.allclose(common.encode_images(tiny, items_of(paths), None), expected, atol=1e-5)
+        found = common.encode_images(tiny, items_of(paths), None)
+        assert torch.allclose(found, expected, atol=1e-5)
         assert common.encode_images(tiny, items_of(paths), None, [0]).isfinite().all()
 
 
 GREY = np.linspace(0, 1, 30 * 40).reshape(30, 40)
-RANGES = {"16-bit PNG": ("png", (GREY * 65535).astype(np.uint16)), "16-bit TIFF": ("tif", (GREY * 65535).astype(np.uint16)),
-          "32-bit TIFF": ("tif", (GREY * 65535).astype(np.int32)), "floats to 1": ("tif", GREY.astype(np.float32)),
+RANGES = {"16-bit PNG": ("png", (GREY * 65535).astype(np.uint16)),
+          "16-bit TIFF": ("tif", (GREY * 65535).astype(np.uint16)),
+          "32-bit TIFF": ("tif", (GREY * 65535).astype(np.int32)),
+          "floats to 1": ("tif", GREY.astype(np.float32)),
           "floats to 255": ("tif", (GREY * 255).astype(np.float32))}
 
 
@@ -386,7 +399,7 @@ def test_grey_values_of_other_ranges_are_scaled_to_8_bits(tmp_path, kind):
 @pytest.mark.parametrize("values", [[[-1.0, 0.5]], [[0.0, 300.0]], [[0.0, float("nan")]]])
 def test_grey_values_of_no_known_range_are_refused_by_name(encoded, tmp_path, values):
     Image.fromarray(np.array(values, dtype=np.float32)).save(tmp_path / "odd.tif")
-    with pytest.raises(common.Problem, match="odd.tif .grey values from"):
+    with pytest.raises(common.Problem, match="odd.tif .grey values"):
         encoded(items_of([tmp_path / "odd.tif"]), None)
 
 
