@@ -28,7 +28,7 @@ from tqdm import tqdm
 from data import pictures, results, text_tower
 from data.errors import Parser, Problem, number, one_line_errors, several, words  # noqa: F401, the scripts use them from here
 from data.files import CATALOGUE, Data, known, list_data, load_data
-from data.images import cached, load_pixels
+from data.images import cached, content_digests, load_pixels
 from data.text_tower import check_length, in_chunks, pad  # noqa: F401, for RESTORE
 from data.text_tower import feature as text_feature
 
@@ -145,11 +145,19 @@ def load_clip(args):
         raise Problem(f"--backbone {name}: its text tower is not CLIP's causal transformer, which the prompts are for")
     crop = RandomResizedCrop(model.visual.preprocess_cfg["size"], (0.08, 1.0), interpolation=InterpolationMode.BICUBIC)
     augment = transforms.Compose([crop, RandomHorizontalFlip(), *preprocess.transforms[2:]])
-    digest = hashlib.blake2b(repr((preprocess, args.precision, args.device)).encode(), digest_size=16)
-    for tensor in model.visual.state_dict().values():
-        digest.update(tensor.cpu().contiguous().numpy())
     return Clip(model, text, tokenizer, preprocess, augment, model.logit_scale.exp().item(), args.device, args.precision,
-                digest.hexdigest(), args.class_chunk)
+                image_key(model.visual, preprocess, augment, args.precision, args.device), args.class_chunk)
+
+
+def image_key(visual, *more):
+    """Stands in the cache for all that image features depend on beside the image: architecture, weights and `more`."""
+    plain = lambda value: value is None or isinstance(value, (bool, int, float, str, tuple))
+    key = hashlib.blake2b(repr(more).encode(), digest_size=16)
+    for name, module in visual.named_modules():  # the same weights mean something else with other heads, pooling, GELU
+        key.update(repr((name, type(module), {k: v for k, v in vars(module).items() if plain(v)})).encode())
+    for tensor in visual.state_dict().values():
+        key.update(tensor.cpu().contiguous().numpy())
+    return key.hexdigest()
 
 
 # ---------------------------------------------------------------- few-shot samples, base and new classes
@@ -175,26 +183,37 @@ def half(items, classnames, new):
 
 @torch.no_grad()
 def encode_images(clip, items, cache, views=None, encode=None, kind=""):
-    """Image features f(x), L2-normalised: (N, D) of the pictures as they are, or (N, V, D) of the augmented `views`.
+    """Image features f(x), L2-normalised: (N, D) of the pictures as they are, or (N, V, D) of `views`.
 
-    They are computed once and kept in the folder `cache` (None: they are not). Another `encode` than CLIP's image tower,
-    pixels (n, 3, H, W) -> (n, D), is taken as it is and needs a name of its own in the cache, `kind`.
+    views  numbers of augmented views; number k of a picture always looks the same
+    cache  the folder where they are kept: each is computed once, whoever asks (None: not kept)
+    encode another function than CLIP's image tower, pixels (n, 3, H, W) -> (n, D), whose features
+           are taken as they are; it needs a name of its own in the cache, `kind`
     Raises Problem at a picture that is missing or cannot be read."""
     start, paths, each = time.time(), [str(item.path) for item in items], views or [0]
     encode = encode or (lambda x: F.normalize(clip.model.encode_image(x).float(), dim=-1))
-    batch_size = max(1, (256 if clip.device == "cuda" else 32) // len(each))
+    transform = clip.augment if views else clip.preprocess
+    size = 256 if clip.device == "cuda" else 16  # batches of one size, the last one filled up: else
+    # the last bits of a picture's features would depend on its company
 
-    def compute():
-        done, transform = [], clip.augment if views else clip.preprocess
-        with clip.autocast(), progress(total=len(paths), desc="encoding images", unit="image") as bar:
-            for pixels in load_pixels(paths, transform, [each] * len(paths), batch_size, clip.device):    # (n, V, 3, H, W)
-                done.append(encode(pixels.flatten(0, 1)).float().view(*pixels.shape[:2], -1).cpu())
-                bar.update(len(pixels))
-        return torch.cat(done) if views else torch.cat(done)[:, 0]
+    def compute(rows, missing):                       # row i V + j is view j of picture i
+        bar.total, some, features = bar.n + missing, {}, []
+        for row in rows:
+            some.setdefault(row // len(each), []).append(each[row % len(each)])
+        chosen = [paths[i] for i in some]
+        for pixels in load_pixels(chosen, transform, [*some.values()], size, clip.device):
+            n = len(pixels)
+            pixels = F.pad(pixels, (0, 0) * 3 + (0, size - n))                # (size, 3, H, W)
+            features.append(encode(pixels)[:n].float().cpu())                 # (n, D)
+            bar.update(n)
+        return torch.cat(features)
 
-    features = cached(cache, (clip.key, kind, views), paths, compute)
+    with clip.autocast(), progress(desc="encoding images", unit="image", delay=0.5) as bar:
+        contents = content_digests(paths, cache) if cache else paths
+        names = [(content, view) for content in contents for view in each]
+        features = cached(cache, (clip.key, kind, bool(views)), names, compute, 8 * size)
     clip.seconds += time.time() - start
-    return features.to(clip.device)
+    return (features.unflatten(0, (len(paths), -1)) if views else features).to(clip.device)
 
 
 # ---------------------------------------------------------------- prompts to class features
@@ -339,7 +358,7 @@ class Run:
         views = [[numbers[view]] for _, some in plan for view in some]
         loader = load_pixels(paths, self.clip.augment, views, self.args.batch_size, self.clip.device)
         for (rows, views), pixels in zip(plan, loader):
-            yield pixels[:, 0], self.labels[rows], rows, views
+            yield pixels, self.labels[rows], rows, views
 
     def log(self, epoch, **values):
         """Notes what a step computed, numbers or tensors; the record holds their means over the steps of each epoch."""
