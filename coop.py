@@ -83,7 +83,9 @@ def main():
     args = common.parse(parser)
     for run in common.runs(__file__, args):
         prompt = Prompt(run.clip, first_context(run, args), args.position)
-        if not run.load(prompt):
+        if args.load:
+            run.load(prompt)
+        else:
             train(prompt, run, args)
         run.finish(prompt)
         print("  nearest words:", common.nearest_words(run.clip, prompt.v))

@@ -129,7 +129,9 @@ def main():
     for run in common.runs(__file__, args):
         template = run.data.template if args.classifier == "mean" else None
         prompt = Prompt(run.clip, first_context(run, args), args.position, template)
-        if not run.load(prompt):
+        if args.load:
+            run.load(prompt)
+        else:
             train(prompt, run, args)
         run.finish(prompt, log_C=math.log(len(run.classnames)))
         print("  nearest words:", common.nearest_words(run.clip, prompt.v))

@@ -242,7 +242,9 @@ def main():
     for run in common.runs(__file__, args):
         prompt = Prompt(run.clip, args)
         before = measure(prompt, run) if run.items else {}                            # a data set for testing has none
-        if not run.load(prompt):
+        if args.load:
+            run.load(prompt)
+        else:
             train(prompt, run, args)
         after = measure(prompt, run) if run.items else {}
         run.finish(prompt, shift_before=before, shift_after=after)
