@@ -239,7 +239,7 @@ def main():
     args = common.parse(parser)
     if args.towers != "both" and (args.prompts == "coupled" or args.shift == "gram"):
         raise common.Problem(f"--prompts coupled and --shift gram need prompts in both towers, not --towers {args.towers}")
-    for run in common.runs(__file__, args):
+    for run in common.runs(__file__, args, features=False):
         prompt = Prompt(run.clip, args)
         before = measure(prompt, run) if run.items else {}                            # a data set for testing has none
         if args.load:
