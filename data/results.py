@@ -1,4 +1,4 @@
-"""What a run leaves behind, a line of results and a file of what was learned; and all lines together as tables."""
+"""The lines that runs leave behind, all together as tables."""
 
 import json
 import math
@@ -7,58 +7,7 @@ import shlex
 import sys
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
-
 from data.errors import Problem
-from data.images import write_whole
-
-
-def check_writable(out, save, shots, seeds):
-    """Raises Problem if the results or what is learned could not be written: now rather than after the training."""
-    try:
-        saved = [save.format(shots=n, seed=seed) for n in shots for seed in seeds] if save else []
-    except (KeyError, IndexError, AttributeError, ValueError):
-        raise Problem(f"--save {save}: only {{shots}} and {{seed}} are filled in") from None
-    if len(set(saved)) < len(saved):
-        raise Problem("--save: several runs would write one file; put {shots} and {seed} into its name")
-    for file in map(Path, (out, *saved)):
-        file.parent.mkdir(parents=True, exist_ok=True)
-        if file.is_dir() or not os.access(file if file.exists() else file.parent, os.W_OK):
-            raise Problem(f"cannot write {file}")
-
-
-def append_line(file, line):
-    """Adds a line in one write, so that lines of several processes do not mix; a line that was cut short is closed first."""
-    with open(file, "ab+") as out:
-        cut = out.seek(0, os.SEEK_END) and (out.seek(-1, os.SEEK_END), out.read(1))[1] != b"\n"
-        out.write(b"\n" * bool(cut) + line.encode() + b"\n")
-
-
-def save(file, prompt, meaning):
-    """What was learned, as safetensors; `meaning`, a dict of what it depends on, goes into the metadata."""
-    write_whole(file, prompt.state_dict(), {"meaning": json.dumps(meaning)})
-
-
-def load(file, prompt, meaning):
-    """Puts a saved prompt's tensors into `prompt`; raises Problem if it is of another meaning or shape."""
-    try:
-        with safe_open(file, "pt") as content:
-            tensors, metadata = {name: content.get_tensor(name) for name in content.keys()}, content.metadata() or {}
-        saved = json.loads(metadata.get("meaning", "{}"))
-    except FileNotFoundError:
-        raise Problem(f"--load {file}: no such file") from None
-    except (SafetensorError, OSError, ValueError):
-        raise Problem(f"--load {file}: not a safetensors file of ours") from None
-    if saved.get("method") != meaning["method"]:
-        raise Problem(f"--load {file}: was saved by {saved.get('method', 'something else')}, not by {meaning['method']}")
-    for key, value in saved.items():
-        if meaning.get(key) != value:
-            raise Problem(f"--load {file}: was learned with --{key.replace('_', '-')} {value}, not {meaning.get(key)}")
-    shapes = {name: tuple(tensor.shape) for name, tensor in prompt.state_dict().items()}
-    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    if shapes != found:
-        raise Problem(f"--load {file}: holds {found}, the flags given here (and the classes) ask for {shapes}")
-    prompt.load_state_dict(tensors)
 
 
 # ---------------------------------------------------------------- reading the lines

@@ -12,7 +12,7 @@ import common
 import coop
 import prograd
 from data.files import Item
-from data.results import append_line
+from data.records import append_line
 
 PUBLISHED = json.loads((Path(__file__).parent / "few_shot.json").read_text())
 
