@@ -270,7 +270,7 @@ def test_aircraft_without_a_checksum_is_looked_through(server, tmp_path, spoil, 
 
 
 def test_a_hub_that_does_not_answer_is_asked_once(monkeypatch):
-    constants = download.huggingface_hub.constants
+    constants = download.constants
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
     start = time.time()
