@@ -10,8 +10,8 @@ import urllib.request
 import zipfile
 from http.client import HTTPException
 
-import huggingface_hub
 from filelock import FileLock
+from huggingface_hub import constants, get_session
 from tqdm import tqdm
 
 from data.errors import Problem, naming
@@ -170,7 +170,7 @@ def ask_hub_once(seconds=4):
     answers = []
 
     def ask():
-        session, address = huggingface_hub.get_session(), huggingface_hub.constants.ENDPOINT
+        session, address = get_session(), constants.ENDPOINT
         try:
             answers.append(session.head(address, timeout=seconds))
         except Exception:  # which one depends on the hub's version
@@ -179,4 +179,4 @@ def ask_hub_once(seconds=4):
     thread = threading.Thread(target=ask, daemon=True)
     thread.start()
     thread.join(seconds)
-    huggingface_hub.constants.HF_HUB_OFFLINE |= not answers
+    constants.HF_HUB_OFFLINE |= not answers

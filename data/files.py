@@ -90,7 +90,8 @@ def list_data(root):
     for name, spec in CATALOGUE.items():
         folder, split = Path(root) / spec["images"], Path(root) / spec.get("split", "")
         if not folder.is_dir():
-            state = "drawn on first use" if spec["kind"] == "world" else "not there"
+            how = "drawn" if spec["kind"] == "world" else "downloaded" if "archive" in spec else ""
+            state = f"{how} on first use" if how else "not there"
         elif not split.exists():
             state = "pictures only, so far" if "drive" in spec else "no split file"
         else:

@@ -270,7 +270,7 @@ def test_aircraft_without_a_checksum_is_looked_through(server, tmp_path, spoil, 
 
 
 def test_a_hub_that_does_not_answer_is_asked_once(monkeypatch):
-    constants = download.huggingface_hub.constants
+    constants = download.constants
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
     start = time.time()
@@ -361,7 +361,7 @@ def damaged(kind, file):
             struct.pack_into("<H", content, 8, 97)
             struct.pack_into("<H", content, entry + 10, 97)
         elif kind == "zip, damaged":
-            content[40:60] = b"\xff" * 20
+            content[36:56] = b"\xff" * 20
         else:
             content = content[:99]
     file.write_bytes(content)
@@ -507,7 +507,8 @@ def test_list_of_data_sets(imagenets, capsys):
     assert header.split() == "data set train val test template folder".split()
     rows = {row.split()[0]: row for row in rows}
     assert set(rows) == set(CATALOGUE) and rows["imagenet"].split()[1:4] == ["8", "0", "8"]
-    assert "not there" in rows["dtd"] and "pictures only, so far" in rows["eurosat"]
+    assert "not there" in rows["ucf101"] and "downloaded on first use" in rows["dtd"]
+    assert "pictures only, so far" in rows["eurosat"]
     assert "drawn on first use" in rows["shapes"] and not (imagenets / "shapes").exists()
 
 
