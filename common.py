@@ -252,24 +252,23 @@ def encode_images(clip, items, cache, views=None, encode=None, kind=""):
     transform = clip.augment if views else clip.preprocess
     # Batches of one size, the last one filled up: else the last bits of a picture's features would
     # depend on its company.
-    size = 256 if clip.device == "cuda" else 16
+    size = 128 if clip.device == "cuda" else 8
 
     def compute(rows, missing):                       # row i V + j is view j of picture i
-        bar.total, some, features = bar.n + missing, {}, []
+        bar.total, some = bar.n + missing, {}
         for row in rows:
             some.setdefault(row // len(each), []).append(each[row % len(each)])
         chosen = [paths[i] for i in some]
         for pixels in load_pixels(chosen, transform, [*some.values()], size, clip.device):
             n = len(pixels)
             pixels = F.pad(pixels, (0, 0) * 3 + (0, size - n))                # (size, 3, H, W)
-            features.append(encode(pixels)[:n].float().cpu())                 # (n, D)
             bar.update(n)
-        return torch.cat(features)
+            yield encode(pixels)[:n].float().cpu()                            # (n, D)
 
     with clip.autocast(), progress(desc="encoding images", unit="image", delay=0.5) as bar:
         contents = content_digests(paths, cache) if cache else paths
         names = [(content, view) for content in contents for view in each]
-        features = cached(cache, (clip.key, kind, bool(views)), names, compute, 8 * size)
+        features = cached(cache, (clip.key, kind, bool(views)), names, compute, 16 * size)
     clip.seconds += time.time() - start
     return (features.unflatten(0, (len(paths), -1)) if views else features).to(clip.device)
 

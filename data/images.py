@@ -30,7 +30,7 @@ except ImportError:  # Windows
 # ------------------------------------------------------- pictures
 
 def file_status(path):
-    """os.stat of a plain file. Raises Problem where it is missing, or a pipe, which may never end."""
+    """os.stat of a plain file. Raises Problem where it is missing, or a pipe, which may not end."""
     try:
         status = os.stat(path)
     except OSError as error:
@@ -105,10 +105,13 @@ def load_pixels(paths, transform, views, batch_size, device):
 
 # ------------------------------------------------------- the cache
 #
-# A folder per backbone holds pieces, safetensors files of some hundred rows each, written as the
+# A folder per backbone holds pieces, safetensors files of a few seconds' work each, written as the
 # rows are computed: `rows` (n, ...) and `names` (n, 16), a digest of what each row was made from.
 # A piece appears whole, with a checksum for a name, and never changes. Any process may add one, and
 # anybody may delete one: rows that no whole piece holds are computed again.
+
+SECONDS = 3  # after which a piece is written: more than this is not lost
+
 
 def image_key(visual, *more):
     """Stands in the cache for all that image features depend on beside the image.
@@ -137,13 +140,13 @@ def cached(folder, key, names, compute, size):
     """What `compute` makes of every name: a tensor (N, ...), kept below `folder` (None: it is not).
 
     key, names  what the rows depend on, all of them or one each: anything that repr shows whole
-    compute     (places in names, how many are missing in all) -> tensor (n, ...); a row must be the
-                same to the bit in whatever company it is computed
-    size        rows in a piece
+    compute     (places in names, how many are missing in all) yields the rows of those places in
+                some tensors (n, ...); a row must be the same to the bit in whatever company
+    size        rows in a piece at most
     Processes that want the same rows at the same time share the work: each takes the next `size`
     that nobody is at, until all are there."""
     if not folder:
-        return compute(range(len(names)), len(names))
+        return torch.cat([*compute(range(len(names)), len(names))])
     names, found, seen = [digest(name) for name in names], {}, set()
     place = {name: i for i, name in reversed([*enumerate(names)])}  # two pictures may be the same
     folder = Path(folder) / digest(key).hex()
@@ -154,8 +157,13 @@ def cached(folder, key, names, compute, size):
             read_pieces(folder, place, found, seen)  # what others have finished by now
             mine = sorted((name for name in mine if name not in found), key=place.get)
             if mine:
-                rows = compute([place[name] for name in mine], len(missing)).contiguous()
-                held = torch.tensor([[*name] for name in mine], dtype=torch.uint8)
+                rows, end = [], time.monotonic() + SECONDS
+                for some in compute([place[name] for name in mine], len(missing)):
+                    rows.append(some)
+                    if time.monotonic() > end:
+                        break
+                rows = torch.cat(rows)
+                held = torch.tensor([[*name] for name in mine[:len(rows)]], dtype=torch.uint8)
                 piece = {"names": held, "rows": rows}
                 write_whole(folder / f"{checksum(folder, piece)}.safetensors", piece)
                 found.update(zip(mine, rows))
@@ -236,7 +244,7 @@ def content_digests(paths, folder):
     def compute(places, missing):
         with ThreadPoolExecutor(8) as pool:  # a network folder answers several at once
             digests = pool.map(lambda i: digest(Path(paths[i]).read_bytes()), places)
-            return torch.tensor([[*content] for content in digests], dtype=torch.uint8)
+            yield torch.tensor([[*content] for content in digests], dtype=torch.uint8)
 
     rows = cached(folder, "contents of pictures", states, compute, 4096)
     return [bytes(row) for row in rows.numpy()]
