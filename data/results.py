@@ -8,8 +8,8 @@ from pathlib import Path, PurePath
 from statistics import fmean, harmonic_mean, stdev
 
 from data.errors import Problem
-from data.files import CATALOGUE
 
+CATALOGUE = json.loads((Path(__file__).parent / "catalogue.json").read_text(encoding="utf-8"))
 # What a run measures, and the name of zero-shot's number beside it.
 MEASURED = {"few-shot": {"accuracy": "zero_shot"},
             "base-to-new": {part: f"zero_shot_{part}" for part in ("base", "new", "harmonic")}}
