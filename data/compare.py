@@ -131,18 +131,21 @@ def zero_shot(records, column, shots):
 
 def by_data_set(title, sets, protocol, markdown, deviations=False):
     """Prints methods by data sets, and the average over the data sets that all rows have."""
-    averages, _, notes = average(sets)
-    columns = {**sets, "average": averages} if averages else sets
-    short = results.short_names(columns)
+    averages, over, notes = average(sets)
     for n in shots_of(sets):
-        for part in MEASURED[protocol]:
+        there = [d for d, methods in sets.items() if any(n in runs for runs in methods.values())]
+        columns = {**{dataset: sets[dataset] for dataset in there},
+                   **({"average": averages} if n in over else {})}
+        short = results.short_names(columns)
+        for part in MEASURED[protocol] if deviations or len(there) > 1 else ():
             rows = [["zero-shot", *(zero_shot(every_record(methods), part, n)
                                     for methods in columns.values())]]
             for label in dict.fromkeys(label for methods in sets.values() for label in methods):
                 runs = [methods.get(label, {}).get(n, {}) for methods in columns.values()]
                 cells = [[r[part] for r in some.values()] for some in runs]
                 if not deviations:  # but of the average; the tables that follow have the others
-                    cells[:len(sets)] = [[fmean(cell)] if cell else [] for cell in cells[:len(sets)]]
+                    each = [[fmean(cell)] if cell else [] for cell in cells[:len(there)]]
+                    cells[:len(there)] = each
                 if any(cells):
                     rows.append([label, *cells])
             header = [part, *(short[column] for column in columns)]

@@ -262,8 +262,8 @@ def test_transfer_has_an_average_over_targets_and_shifted_versions_have_their_ow
 
 def test_published_numbers_stand_beside_the_real_eleven_only(compared, tmp_path, monkeypatch):
     published = {"method": "CoOp", "dataset": "average over 11", "backbone": "ViT-B-16",
-                 "shots": 16, "seeds": [1, 2, 3], "protocol": "base-to-new", "base": 82.69, "new": 63.22,
-                 "harmonic": 71.66, "source": "a table", "note": ""}
+                 "shots": 16, "seeds": [1, 2, 3], "protocol": "base-to-new", "base": 82.69,
+                 "new": 63.22, "harmonic": 71.66, "source": "a table", "note": ""}
     (tmp_path / "published.json").write_text(json.dumps([published]))
     monkeypatch.setattr(compare, "PUBLISHED", tmp_path / "published.json")
 
