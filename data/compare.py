@@ -1,6 +1,6 @@
 """python common.py: the recorded runs as tables and pictures, or the list of the data sets.
 
-Needs neither torch nor open_clip, so that it answers at once."""
+Imports nothing heavy, so that it answers at once."""
 
 import json
 import os
@@ -9,11 +9,10 @@ import sys
 from pathlib import Path
 from statistics import fmean, mode
 
-from data import pictures, results
+from data import results
 from data.errors import Parser, Problem
-from data.files import CATALOGUE, list_data
-from data.results import (MEASURED, average, average_title, every_record, in_common,
-                          mean_and_deviation, mean_record, plural, shots_of, short_names)
+from data.results import (CATALOGUE, MEASURED, average, average_title, every_record,
+                          mean_and_deviation, mean_record, plural, shots_of)
 
 HERE = Path(__file__).resolve().parent
 PUBLISHED = HERE / "published.json"
@@ -37,6 +36,7 @@ def main():
     add("--data-root", default=str(HERE), metavar="DIR", help="where they are looked for (data)")
     args = p.parse_args()
     if args.data:
+        from data.files import list_data
         return list_data(args.data_root)
     records, odd = results.read(args.file)
     if odd:
@@ -49,6 +49,7 @@ def main():
     else:
         tables(groups, args.markdown)
     if args.plot:
+        from data import pictures
         pictures.draw(groups, Path(args.file).parent)
 
 
@@ -73,7 +74,8 @@ def tables(groups, markdown=False):
         if fold:
             print(f"\n<details><summary>{protocol}, data set by data set</summary>")
         if len(sets) > 1:
-            by_data_set(f"{backbone}, {protocol}", sets, protocol, markdown)
+            title = f"{results.SUITES[suite]}, {backbone}, {protocol}"
+            by_data_set(title, sets, protocol, markdown)
         for dataset, methods in sets.items():
             theirs = published(dataset) if suite == "papers" else []
             of_methods(f"{dataset}, {backbone}, {protocol}", methods, protocol, markdown, theirs)
@@ -127,56 +129,47 @@ def zero_shot(records, column, shots):
                                          for r in records if r["shots"] == shots]) else []
 
 
-def by_data_set(title, sets, protocol, markdown):
+def by_data_set(title, sets, protocol, markdown, deviations=False):
     """Prints methods by data sets, and the average over the data sets that all rows have."""
-    columns = {**sets, "average": average(sets)[0]}
+    averages, over, notes = average(sets)
     for n in shots_of(sets):
-        for part in MEASURED[protocol]:
+        there = [d for d, methods in sets.items() if any(n in runs for runs in methods.values())]
+        columns = {**{dataset: sets[dataset] for dataset in there},
+                   **({"average": averages} if n in over else {})}
+        short = results.short_names(columns)
+        for part in MEASURED[protocol] if deviations or len(there) > 1 else ():
             rows = [["zero-shot", *(zero_shot(every_record(methods), part, n)
                                     for methods in columns.values())]]
             for label in dict.fromkeys(label for methods in sets.values() for label in methods):
                 runs = [methods.get(label, {}).get(n, {}) for methods in columns.values()]
-                values = [[r[part] for r in some.values()] for some in runs]
-                if any(values):  # deviations are in the average and in the tables below
-                    means = [[fmean(some)] if some else [] for some in values[:-1]]
-                    rows.append([label, *means, values[-1]])
-            table(f"{title}: {part}, {plural(n, 'shot')}", ["", *columns], rows, markdown)
+                cells = [[r[part] for r in some.values()] for some in runs]
+                if not deviations:  # but of the average; the tables that follow have the others
+                    each = [[fmean(cell)] if cell else [] for cell in cells[:len(there)]]
+                    cells[:len(there)] = each
+                if any(cells):
+                    rows.append([label, *cells])
+            header = [part, *(short[column] for column in columns)]
+            table(f"{title}, {plural(n, 'shot')}", header, rows, markdown)
+    return notes
 
 
 def transfer(title, source, methods, markdown):
     """Prints what the runs on one data set give on others, and on its shifted versions.
 
     These are those that bear its name, as imagenet_sketch and shapes_noise do."""
-    for shifted in (False, True):
-        tested = {}  # {(name, shots): {target: [accuracy of every run]}}
-        zero_shots = {}
-        for r, label in ((r, label) for label, runs in methods.items()
-                         for r in every_record({label: runs})):
-            for target, row in r["transfer"].items():
-                if target.startswith(source) == shifted:
-                    accuracy = tested.setdefault((label, r["shots"]), {}).setdefault(target, {})
-                    accuracy[r["seed"]] = row["accuracy"]
-                    zero_shots.setdefault(target, []).append(row["zero_shot"])
-        if not tested:
-            continue
-        targets = sorted(zero_shots)
-        common, _ = in_common(tested)
-        zero = {target: mode(zero_shots[target]) for target in targets}
-        whole = [fmean(zero[target] for target in common)] if common else []
-        rows = [["zero-shot", "", *([zero[target]] for target in targets), whole]]
-        for (label, n), accuracy in sorted(tested.items(), key=lambda item: item[0][1]):
-            each = [list(accuracy.get(target, {}).values()) for target in targets]
-            seeds = set.intersection(*(set(accuracy.get(target, {})) for target in common or [""]))
-            whole = [fmean(accuracy[target][seed] for target in common) for seed in sorted(seeds)]
-            rows.append([label, str(n), *each, whole])
-        one = len(targets) == 1
-        short = short_names(targets)
-        header = ["accuracy", "shots", *(short[target] for target in targets), "average"]
-        kind = "shifted versions" if shifted else "other data sets"
-        table(f"{title}, transfer to {kind}", header[:-1] if one else header,
-              [row[:-1] for row in rows] if one else rows, markdown)
-        if len(common) < len(targets):
-            print(f"\nthe average is over what all rows have: {', '.join(common) or 'nothing'}")
+    for shifted, kind in ((False, "other data sets"), (True, "shifted versions")):
+        sets = {}  # as if the methods had been learned there
+        for label, runs in methods.items():
+            for r in every_record({label: runs}):
+                for target in sorted(r["transfer"]):
+                    if target.startswith(source) == shifted:
+                        there = sets.setdefault(target, {}).setdefault(label, {})
+                        there.setdefault(r["shots"], {})[r["seed"]] = {
+                            **r, **r["transfer"][target], "protocol": "few-shot"}
+        if sets:
+            title_of_kind = f"{title}, transfer to {kind}"
+            for note in by_data_set(title_of_kind, sets, "few-shot", markdown, deviations=True):
+                print(f"\n{note}")
 
 
 def published(dataset):
