@@ -170,7 +170,7 @@ def read(file):
 def load(run, prompt):
     """Puts the tensors of a run's --load into `prompt`.
 
-    Raises Problem if they are of another meaning or shape, or not finite."""
+    Raises Problem if they are of another meaning or shape."""
     file, ours = f"--load {run.job.file}", meaning(run)
     tensors, saved, _ = read(run.job.file)
     method = saved.get("method", "something else")
@@ -185,6 +185,4 @@ def load(run, prompt):
     if wanted != found:
         raise Problem(f"{file}: holds {found}, "
                       f"the flags given here (and the classes) ask for {wanted}")
-    if not all(tensor.isfinite().all() for tensor in tensors.values()):
-        raise Problem(f"{file}: holds numbers that are not finite")
     prompt.load_state_dict(tensors)
