@@ -74,6 +74,14 @@ def test_a_run_whose_stderr_is_closed_has_its_record(root, tmp_path):
     assert len((tmp_path / "r.jsonl").read_text().splitlines()) == 1
 
 
+def test_a_full_disk_is_said_of_the_results_by_name(cli, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(records, "open", full, raising=False)
+    refused(cli("coop", *QUICK), "results.jsonl", "No space left")
+
+
 # ---------------------------------------------------------------- --save
 
 def test_saving_onto_the_results_is_refused(cli, tmp_path, no_training):
@@ -151,7 +159,8 @@ def test_a_load_file_with_odd_metadata(cli, tmp_path, learned, key, text):
     refused(cli("coop", load=tmp_path / "odd.safetensors"), "odd.safetensors", "not a safetensors")
 
 
-@pytest.mark.parametrize("changed", [{"seed": 2**40}, {"seed": -1}, {"shots": "4"}, {"dataset": []}])
+@pytest.mark.parametrize("changed", [
+    {"seed": 2**40}, {"seed": -1}, {"shots": "4"}, {"dataset": []}, {"more": 1}])
 def test_a_load_file_whose_origin_makes_no_sense(cli, tmp_path, learned, changed):
     origin = {"dataset": "shapes", "shots": 4, "seed": 1, "protocol": "few-shot", **changed}
     metadata = {"meaning": '{"method": "coop"}', "learned": json.dumps(origin)}
@@ -167,8 +176,8 @@ def test_a_load_file_whose_header_is_nested_deep(cli, tmp_path):
 
 def test_a_named_pipe_or_folder_is_not_loaded(cli, tmp_path):
     os.mkfifo(tmp_path / "pipe")
-    refused(cli("coop", load=tmp_path / "pipe"), "pipe", "plain file")
-    refused(cli("coop", load=tmp_path), tmp_path, "plain file")
+    refused(cli("coop", load=tmp_path / "pipe"), "--load", "is a pipe")
+    refused(cli("coop", load=tmp_path), f"--load {tmp_path}: is a folder")
 
 
 # ---------------------------------------------------------------- a training that fails
@@ -215,7 +224,8 @@ def test_a_loss_that_rose_has_a_word_beside_it(cli, monkeypatch):
                 run.log(epoch, loss=loss)
 
         monkeypatch.setattr(coop, "train", train)
-        return [line.split() for line in cli("coop").out.splitlines() if "above its start" in line]
+        lines = cli("coop", *QUICK).out.splitlines()
+        return [line.split() for line in lines if "above its start" in line]
 
     assert printed(2.0, 1.0) == []
     assert printed(1.0, 0.5, 2.0)[0][-5:] == ["1.000", "2.000", "above", "its", "start"]
@@ -262,7 +272,19 @@ def test_weights_beside_a_folder_that_has_its_own_are_refused(cli):
 def test_the_record_says_which_code_and_data_it_is_from(cli):
     a, b = cli("coop", *QUICK).records[0], cli("prograd", *QUICK).records[0]
     assert a["data"] == b["data"] != cli("coop", *QUICK, "--dataset", "scenes").records[0]["data"]
-    assert a["code"] != b["code"] and len(a["code"]) == 8 and a["split"] == ""
+    assert a["code"] != b["code"] and len(a["code"]) == 8
+
+
+def test_the_record_says_who_split_the_data(cli, tmp_path):
+    for name in "ab":
+        made_up_pictures(tmp_path / "mine" / name, 6)
+    mine = {"dataset": tmp_path / "mine", "backbone": f"local-dir:{TINY}"}
+    assert "seeded" in cli("coop", *QUICK, **mine).records[0]["split"]
+
+
+def test_the_record_says_which_flags_made_the_run_another_one(cli, tmp_path):
+    (record,) = cli("coop", *QUICK, "--again", "--predict", TINY / "../figures/world.png").records
+    assert record["changed"] == {"epochs": 1, "views": 1}
 
 
 def test_the_record_tells_how_well_each_class_is_told_and_its_most_frequent_confusion():
