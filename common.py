@@ -455,11 +455,13 @@ class Run:
             steps = self.logged.setdefault(name, {}).setdefault(epoch, [])
             steps.append(torch.as_tensor(value).detach())
 
-    def check_finite(self, *parameters):
-        """Raises Problem if the last epoch's loss, or one of the parameters, is not finite."""
+    def check_finite(self, *tensors):
+        """Raises Problem if the last epoch's loss, or one of the tensors, is not finite."""
         epoch, losses = next(reversed(self.logged.get("loss", {}).items()), (0, [torch.zeros(())]))
         losses = torch.stack(losses)
-        if not all(tensor.isfinite().all() for tensor in (losses, *parameters)):
+        if not all(tensor.isfinite().all() for tensor in (losses, *tensors)):
+            if self.args.load:
+                raise Problem(f"--load {self.job.file}: its numbers or features are not finite")
             raise Problem(f"the training failed in epoch {epoch + 1}, with loss {losses.mean():g}: "
                           f"try a smaller --lr than {self.args.lr:g}")
 
@@ -476,6 +478,7 @@ class Run:
             f = encode_images(self.clip, part.items, None, encode=prompt.image_features)
         with self.clip.autocast():
             w = prompt.class_features(part.classnames)
+        self.check_finite(f, w)
         return [(part.features, part.zero_shot), (f, w.float())]
 
     def evaluate(self, prompt, part):
@@ -487,15 +490,15 @@ class Run:
                 "per_class": records.per_class(part.classnames, labels, predicted)}
 
     def finish(self, prompt, **more):
-        """Saves a prompt (unless it was loaded), evaluates, records and prints it.
+        """Evaluates a prompt, saves it (unless it was loaded), records and prints it.
 
         prompt  a Module with class_features(classnames) -> (C, D)
         more    what the method has to tell beside what it logged"""
         trained = time.time()
         self.check_finite(*prompt.parameters())
+        rows = {part.name: self.evaluate(prompt, part) for part in self.parts}
         if self.args.save and not self.args.load:
             records.save(self, prompt)
-        rows = {part.name: self.evaluate(prompt, part) for part in self.parts}
         record = records.add(self, prompt, rows, trained, more)  # before printing, which may fail
         self.clip.seconds = 0
         sweep.show(self.job.title, record)

@@ -11,7 +11,7 @@ import open_clip
 import torch
 from safetensors import SafetensorError, safe_open
 
-from data.errors import Problem
+from data.errors import Problem, naming, regular_file
 from data.images import write_whole
 
 LEARNED = {"dataset": str, "shots": int, "seed": int, "protocol": str}  # a saved prompt's origin
@@ -49,7 +49,7 @@ def append_line(file, line):
     """Adds a line in one write, so that lines of several processes do not mix.
 
     A line that was cut short is closed first."""
-    with open(file, "ab+") as out:
+    with naming(file), open(file, "ab+") as out:
         cut = out.seek(0, os.SEEK_END) and (out.seek(-1, os.SEEK_END), out.read(1))[1] != b"\n"
         out.write(b"\n" * bool(cut) + line.encode() + b"\n")
 
@@ -150,10 +150,10 @@ def read(file):
     """The tensors {name: tensor} of a saved prompt, and its two dicts (`save`).
 
     Raises Problem if it is no such file."""
-    if not os.path.exists(file):
-        raise Problem(f"--load {file}: no such file")
-    if not os.path.isfile(file):  # a named pipe would be waited for
-        raise Problem(f"--load {file}: not a plain file")
+    try:
+        regular_file(file)
+    except Problem as problem:
+        raise Problem(f"--load {problem}") from None
     try:
         with safe_open(file, "pt") as content:
             tensors = {name: content.get_tensor(name) for name in content.keys()}
@@ -170,7 +170,7 @@ def read(file):
 def load(run, prompt):
     """Puts the tensors of a run's --load into `prompt`.
 
-    Raises Problem if they are of another meaning or shape, or not finite."""
+    Raises Problem if they are of another meaning or shape."""
     file, ours = f"--load {run.job.file}", meaning(run)
     tensors, saved, _ = read(run.job.file)
     method = saved.get("method", "something else")
@@ -185,6 +185,4 @@ def load(run, prompt):
     if wanted != found:
         raise Problem(f"{file}: holds {found}, "
                       f"the flags given here (and the classes) ask for {wanted}")
-    if not all(tensor.isfinite().all() for tensor in tensors.values()):
-        raise Problem(f"{file}: holds numbers that are not finite")
     prompt.load_state_dict(tensors)

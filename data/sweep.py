@@ -86,7 +86,7 @@ def about(code, args, data, others):
         "split": getattr(data, "origin", ""),
         "data": records.digest(*(line.encode(errors="replace") for line in lists)),
         "code": records.digest(*(file.read_bytes() for file in code)),
-        "changed": args.changed,
+        "changed": {name: value for name, value in args.changed.items() if name not in ELSEWHERE},
         "flags": {name: value for name, value in vars(args).items() if name != "changed"}}
 
 
