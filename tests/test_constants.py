@@ -5,8 +5,8 @@ All methods
     learning rate   1e-5 in epoch 0, then lr (1 + cos(pi (e - 1) / E)) / 2
     epoch           every training image once, shuffled; what does not fill a batch is dropped,
                     unless there is no other batch
-    training image  random crop of 0.08 to 1 of the area, 3:4 to 4:3, bicubic, flipped half the time;
-                    ten views of each; CLIP's mean and standard deviation
+    training image  random crop of 0.08 to 1 of the area, 3:4 to 4:3, bicubic, flipped half the
+                    time; ten views of each; CLIP's mean and standard deviation
     test image      shorter side resized, bicubic, centre crop
     logits          tau f . w with tau = exp(logit_scale), both features of length 1
     base, new       the first ceil(C / 2) classes, the others; harmonic mean    (test_methods.py)
@@ -15,8 +15,8 @@ All methods
 CoOp, ProGrad and MVP-MI
     defaults        lr 0.002, batch 32, 16 context tokens; 50, 100, 100, 200, 200 epochs for
                     1, 2, 4, 8, 16 shots; 50 for ImageNet
-    first context   noise of standard deviation 0.02; ProGrad: as many tokens of its template as that
-                    has words, at the end of the slots, zeros before      (prograd_*.npz)
+    first context   noise of standard deviation 0.02; ProGrad: as many tokens of its template as
+                    that has words, at the end of the slots, zeros before (prograd_*.npz)
     prompt          start, context, name, ".", end; read at the end token (coop_*.npz)
 ProGrad             lambda 1, T 1, L_g times T^2, the test on the sign of the dot product, the
                     teacher from its own template                         (prograd_*.npz)

@@ -28,6 +28,8 @@ sys.path[:0] = [str(HERE.parents[1]), str(HERE.parent)]  # where common.py and c
 import common  # noqa: E402
 from conftest import made_up_run  # noqa: E402
 
+TOKENIZER = open_clip.SimpleTokenizer()
+
 
 # ---------------------------------------------------------------- made-up weights and images
 
@@ -65,8 +67,13 @@ def restore_start(name, shape):
     return torch.from_numpy(x.astype(np.float32))
 
 
-def small_clip(c):
+def small_clip(sizes):
     """The small CLIP of config["clip"], as the scripts know a CLIP."""
+    return clip_of(**sizes)
+
+
+@functools.cache
+def clip_of(**c):
     vision = {"image_size": c["image"], "layers": c["v_layers"], "width": c["v_width"],
               "patch_size": c["patch"]}
     text = {"context_length": c["ctx"], "vocab_size": c["vocab"], "width": c["t_width"],
@@ -74,8 +81,8 @@ def small_clip(c):
     model = open_clip.CLIP(c["embed"], vision, text, quick_gelu=True)
     model.load_state_dict({k: made_up(k, tuple(x.shape)) for k, x in model.state_dict().items()})
     model.eval().requires_grad_(False)
-    scale, tokenizer = model.logit_scale.exp().item(), open_clip.SimpleTokenizer()
-    return common.Clip(model, model, tokenizer, None, None, scale, "cpu", "fp32", "")
+    scale = model.logit_scale.exp().item()
+    return common.Clip(model, model, TOKENIZER, None, None, scale, "cpu", "fp32", "")
 
 
 def images(config):
@@ -155,7 +162,7 @@ def follow(config, learning_rate=constant):
     def runs(_, args):
         run = made_up_run(clip, config["classnames"], template, batches, args)
         run.shots, run.data.name = config.get("shots", 1), config.get("dataset", "made up")
-        run.features, run.labels = f[:, None], y                                # (B, V = 1, D), (B,)
+        run.features, run.labels = f[:, None], y                        # (B, V = 1, D), (B,)
         if config["method"] == "prograd":
             run.data.template = "{}, which ProGrad's own template is not."
         note = run.log
@@ -163,7 +170,8 @@ def follow(config, learning_rate=constant):
         def log(epoch, **values):
             named = found["prompt"].named_parameters()
             found["gradients"].append({name: p.grad.clone() for name, p in named})
-            found["buffers"].append({name: x.clone() for name, x in found["prompt"].named_buffers()})
+            held = found["prompt"].named_buffers()
+            found["buffers"].append({name: x.clone() for name, x in held})
             found["log"].append({k: torch.as_tensor(value).detach() for k, value in values.items()})
             note(epoch, **values)
 
@@ -228,7 +236,7 @@ def write(file, config, arrays):
 
 def tokens(config):
     """The token numbers of what a port would need a tokenizer for."""
-    encode, words = open_clip.SimpleTokenizer().encode, config["context_words"]
+    encode, words = TOKENIZER.encode, config["context_words"]
     names = [name.replace("_", " ") for name in config["classnames"]]
     found = {"start_of_text": 49406, "end_of_text": 49407,
              "names_with_full_stop": [encode(f"{name}.") for name in names],
