@@ -141,11 +141,11 @@ def constant(epoch, epochs, lr):
     return lr
 
 
-def follow(config, learning_rate=constant):
-    """The training of `config` by its script's main(): made-up CLIP, batch and start.
+def follow(config, learning_rate=constant, clip=None):
+    """The training of `config` by its script's main(): made-up CLIP (or another), batch and start.
 
     What is patched: where runs come from, the schedule, and how image features are encoded."""
-    script, clip = importlib.import_module(config["method"]), small_clip(config["clip"])
+    script, clip = importlib.import_module(config["method"]), clip or small_clip(config["clip"])
     restore, template = config["method"] == "restore", config.get("template", "a photo of a {}.")
     x, y = images(config), torch.tensor(config["labels"])
     with torch.no_grad():
