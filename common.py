@@ -9,27 +9,28 @@ import argparse
 import difflib
 import functools
 import hashlib
-import itertools
-import json
 import math
 import os
-import platform
 import random
+import sys
 import time
+from collections import namedtuple
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import open_clip
 import torch
 import torch.nn.functional as F
-from torch.utils.checkpoint import checkpoint
 from torchvision.transforms import InterpolationMode, RandomHorizontalFlip, RandomResizedCrop, transforms
 from tqdm import tqdm
 
-from data import pictures, results
+from data import pictures, predict, records, results, sweep
+from data import text_tower
 from data.errors import Parser, Problem, number, one_line_errors, several, words  # noqa: F401, the scripts use them from here
-from data.files import CATALOGUE, Data, known, list_data, load_data
-from data.images import cached, load_pixels
+from data.files import CATALOGUE, Data, Item, known, list_data, load_data
+from data.images import cached, content_digests, load_pixels
+from data.text_tower import check_length, in_chunks, pad  # noqa: F401, for RESTORE
+from data.text_tower import feature as text_feature
 
 HERE = Path(__file__).resolve().parent
 TINY_CLIP = f"local-dir:{HERE / 'data' / 'tiny_clip'}"
@@ -64,6 +65,8 @@ def flags(doc, lr, batch_size, n_ctx):
     add("--out", default="runs/results.jsonl", metavar="FILE", help="one JSON line per run is added here (runs/results.jsonl)")
     add("--save", metavar="FILE", help="keep what was learned; of several runs: 'ctx-{shots}-{seed}.safetensors'")
     add("--load", metavar="FILE", help="do not train, test what this file holds")
+    add("--predict", nargs="+", default=[], metavar="FILE", help="pictures to tell the classes of")
+    add("--again", action="store_true", help="repeat runs that --out has already")
     return p
 
 
@@ -72,9 +75,13 @@ def parse(parser, argv=None):
 
     Raises Problem where the flags cannot be met."""
     args = parser.parse_args(argv)
+    if sys.stderr and sys.stderr.isatty():
+        print("reading the model and the pictures ...", file=sys.stderr)
     args.changed = {name: value for name, value in vars(args).items() if value != parser.get_default(name)}
     embedded = CATALOGUE.get(args.dataset, {}).get("kind") == "world"
     args.backbone = args.backbone or (TINY_CLIP if embedded else "ViT-B-16")
+    if args.pretrained and args.backbone.startswith("local-dir:"):
+        raise Problem(f"--pretrained {args.pretrained}: {args.backbone} holds its own weights")
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     args.precision = args.precision or ("amp" if args.device == "cuda" else "fp32")
     args.pretrained = args.pretrained or ("" if ":" in args.backbone else "openai")
@@ -84,7 +91,7 @@ def parse(parser, argv=None):
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
     if getattr(args, "class_specific", False) and (args.base_to_new or args.transfer):
         raise Problem("--class-specific has no context for classes that were not learned: no --base-to-new, no --transfer")
-    results.check_writable(args.out, args.save, args.shots, args.seeds)
+    records.check_writable(args.out, args.save, args.shots, args.seeds)
     return args
 
 
@@ -144,11 +151,19 @@ def load_clip(args):
         raise Problem(f"--backbone {name}: its text tower is not CLIP's causal transformer, which the prompts are for")
     crop = RandomResizedCrop(model.visual.preprocess_cfg["size"], (0.08, 1.0), interpolation=InterpolationMode.BICUBIC)
     augment = transforms.Compose([crop, RandomHorizontalFlip(), *preprocess.transforms[2:]])
-    digest = hashlib.blake2b(repr((preprocess, args.precision, args.device)).encode(), digest_size=16)
-    for tensor in model.visual.state_dict().values():
-        digest.update(tensor.cpu().contiguous().numpy())
     return Clip(model, text, tokenizer, preprocess, augment, model.logit_scale.exp().item(), args.device, args.precision,
-                digest.hexdigest(), args.class_chunk)
+                image_key(model.visual, preprocess, augment, args.precision, args.device), args.class_chunk)
+
+
+def image_key(visual, *more):
+    """Stands in the cache for all that image features depend on beside the image: architecture, weights and `more`."""
+    plain = lambda value: value is None or isinstance(value, (bool, int, float, str, tuple))
+    key = hashlib.blake2b(repr(more).encode(), digest_size=16)
+    for name, module in visual.named_modules():  # the same weights mean something else with other heads, pooling, GELU
+        key.update(repr((name, type(module), {k: v for k, v in vars(module).items() if plain(v)})).encode())
+    for tensor in visual.state_dict().values():
+        key.update(tensor.cpu().contiguous().numpy())
+    return key.hexdigest()
 
 
 # ---------------------------------------------------------------- few-shot samples, base and new classes
@@ -174,26 +189,37 @@ def half(items, classnames, new):
 
 @torch.no_grad()
 def encode_images(clip, items, cache, views=None, encode=None, kind=""):
-    """Image features f(x), L2-normalised: (N, D) of the pictures as they are, or (N, V, D) of the augmented `views`.
+    """Image features f(x), L2-normalised: (N, D) of the pictures as they are, or (N, V, D) of `views`.
 
-    They are computed once and kept in the folder `cache` (None: they are not). Another `encode` than CLIP's image tower,
-    pixels (n, 3, H, W) -> (n, D), is taken as it is and needs a name of its own in the cache, `kind`.
+    views  numbers of augmented views; number k of a picture always looks the same
+    cache  the folder where they are kept: each is computed once, whoever asks (None: not kept)
+    encode another function than CLIP's image tower, pixels (n, 3, H, W) -> (n, D), whose features
+           are taken as they are; it needs a name of its own in the cache, `kind`
     Raises Problem at a picture that is missing or cannot be read."""
     start, paths, each = time.time(), [str(item.path) for item in items], views or [0]
     encode = encode or (lambda x: F.normalize(clip.model.encode_image(x).float(), dim=-1))
-    batch_size = max(1, (256 if clip.device == "cuda" else 32) // len(each))
+    transform = clip.augment if views else clip.preprocess
+    size = 256 if clip.device == "cuda" else 16  # batches of one size, the last one filled up: else
+    # the last bits of a picture's features would depend on its company
 
-    def compute():
-        done, transform = [], clip.augment if views else clip.preprocess
-        with clip.autocast(), progress(total=len(paths), desc="encoding images", unit="image") as bar:
-            for pixels in load_pixels(paths, transform, [each] * len(paths), batch_size, clip.device):    # (n, V, 3, H, W)
-                done.append(encode(pixels.flatten(0, 1)).float().view(*pixels.shape[:2], -1).cpu())
-                bar.update(len(pixels))
-        return torch.cat(done) if views else torch.cat(done)[:, 0]
+    def compute(rows, missing):                       # row i V + j is view j of picture i
+        bar.total, some, features = bar.n + missing, {}, []
+        for row in rows:
+            some.setdefault(row // len(each), []).append(each[row % len(each)])
+        chosen = [paths[i] for i in some]
+        for pixels in load_pixels(chosen, transform, [*some.values()], size, clip.device):
+            n = len(pixels)
+            pixels = F.pad(pixels, (0, 0) * 3 + (0, size - n))                # (size, 3, H, W)
+            features.append(encode(pixels)[:n].float().cpu())                 # (n, D)
+            bar.update(n)
+        return torch.cat(features)
 
-    features = cached(cache, (clip.key, kind, views), paths, compute)
+    with clip.autocast(), progress(desc="encoding images", unit="image", delay=0.5) as bar:
+        contents = content_digests(paths, cache) if cache else paths
+        names = [(content, view) for content in contents for view in each]
+        features = cached(cache, (clip.key, kind, bool(views)), names, compute, 8 * size)
     clip.seconds += time.time() - start
-    return features.to(clip.device)
+    return (features.unflatten(0, (len(paths), -1)) if views else features).to(clip.device)
 
 
 # ---------------------------------------------------------------- prompts to class features
@@ -217,85 +243,40 @@ def start_end(clip):
     return embed(clip, [clip.tokenizer.sot_token_id]), embed(clip, [clip.tokenizer.eot_token_id])
 
 
-def name_tokens(clip, classnames):
-    """For every class the embeddings of [name_c, "."] and the number of its name's tokens: a list of ((L_c, W), n_c)."""
-    names = [classname.replace("_", " ") for classname in classnames]
-    return [(embed(clip, f"{name}."), len(tokenize(clip, name))) for name in names]
+def name_embeddings(clip, classnames):
+    """For every class the embeddings of its name and of the "." after it: a list of two (l, W)."""
+    pairs = []
+    for classname in classnames:
+        name = classname.replace("_", " ")
+        sentence = embed(clip, f"{name}.")
+        pairs.append(sentence.split([n := len(tokenize(clip, name)), len(sentence) - n]))
+    return pairs
 
 
-def encode_text(clip, prompts, shared=0):
-    """Class features g(prompt), L2-normalised (C, D), of C prompts.
+def encode_text(clip, prompts):
+    """Class features w_c = g(prompt c), of length 1: (C, D).
 
-    A prompt is a list of parts (l, W), token embeddings without positions, and ends in the end-of-text token, where the
-    tower reads its feature; its first `shared` tokens (start and shared context) are the same in all prompts.
-    Exact, but cheaper than CLIP's encode_text, since the tower is causal: what stands after the end-of-text token changes
-    nothing, so prompts are cut to the longest instead of padded to 77; and the states of the shared tokens do not depend
-    on the class, so they are computed once and the others attend to them.
-    Raises Problem if a prompt is longer than the tower holds."""
-    text, past = clip.text, []                                                        # keys and values of the shared tokens
-    check_length(clip, prompts)
-    if shared:
-        x = (torch.cat(prompts[0])[:shared] + text.positional_embedding[:shared])[None]  # (1, P, W)
-        for block in text.transformer.resblocks:
-            q, k, v = queries_keys_values(block, x)                                   # (1, heads, P, W / heads)
-            x = finish_block(block, x, F.scaled_dot_product_attention(q, k, v, is_causal=True))
-            past.append((k, v))
+    A prompt is a list of parts (l, W), token embeddings without positions, from the start token to
+    the end token, where the tower is read. Raises Problem if one is longer than the tower holds.
 
-    def encode(some):
-        x, last = pad(some, shared)                                                   # (C, L, W), (C,)
-        length = x.shape[1]
-        x = x + text.positional_embedding[shared:shared + length]
-        mask = torch.ones(length, shared + length, dtype=torch.bool, device=x.device).tril(shared)  # who looks at whom
-        for i, block in enumerate(text.transformer.resblocks):
-            q, k, v = queries_keys_values(block, x)                                   # (C, heads, L, W / heads)
-            if shared:
-                k, v = (torch.cat([a.expand(len(x), -1, -1, -1), b], 2) for a, b in zip(past[i], (k, v)))
-            x = finish_block(block, x, F.scaled_dot_product_attention(q, k, v, attn_mask=mask))
-        return (text_feature(text, x[torch.arange(len(x)), last]),)
-
-    return F.normalize(in_chunks(clip, encode, prompts)[0].float(), dim=-1)
+    For porters: x + positions, then pre-norm blocks x += attention(ln_1(x)), x += mlp(ln_2(x)) with
+    a causal mask, q, k, v packed in that order in in_proj_weight (3 W, W), heads of W / heads each
+    scaled by 1 / sqrt(W / heads), QuickGELU x sigmoid(1.702 x) in OpenAI's models, else erf-GELU;
+    then ln_final and @ text_projection (W, D). Layer norms have eps 1e-5."""
+    return text_tower.encode_text(clip, prompts)
 
 
-def in_chunks(clip, encode, prompts):
-    """encode(prompts), tensors (C, ...), computed for --class-chunk classes at a time; a list.
+def plain_encode_text(clip, prompts):
+    """What encode_text computes, as one would write it down (a test holds the two together).
 
-    The activations of several chunks are not kept but computed again in the backward pass: memory stays flat as C grows."""
-    chunks = [prompts[c:c + clip.class_chunk] for c in range(0, len(prompts), clip.class_chunk)]
-    if len(chunks) > 1 and torch.is_grad_enabled():
-        encode = functools.partial(checkpoint, encode, use_reentrant=False)
-    return [torch.cat(column) for column in zip(*map(encode, chunks))]
-
-
-def check_length(clip, prompts):
-    """Raises Problem if a prompt is longer than the text tower reads."""
-    longest, most = max(sum(map(len, parts)) for parts in prompts), len(clip.text.positional_embedding)
-    if longest > most:
-        raise Problem(f"the longest prompt takes {longest} tokens, CLIP reads {most}: "
-                      "a smaller --n-ctx or shorter --ctx-init leaves more for the name")
-
-
-def pad(prompts, skip=0):
-    """C prompts without their first tokens as one tensor (C, L, W), zeros behind, and the place of each last token, (C,)."""
-    rows = [torch.cat(parts)[skip:] for parts in prompts]
-    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True), torch.tensor([len(row) - 1 for row in rows])
-
-
-def queries_keys_values(block, x):
-    """The first half of open_clip's ResidualAttentionBlock: (C, L, W) -> three of (C, heads, L, W / heads)."""
-    qkv = F.linear(block.ln_1(x), block.attn.in_proj_weight, block.attn.in_proj_bias)
-    return qkv.view(*x.shape[:2], 3, block.attn.num_heads, -1).permute(2, 0, 3, 1, 4)
-
-
-def finish_block(block, x, attended):
-    """Its second half: what was attended to (C, heads, L, W / heads) into the residual stream (C, L, W)."""
-    x = x + block.ls_1(block.attn.out_proj(attended.transpose(1, 2).flatten(2)))
-    return x + block.ls_2(block.mlp(block.ln_2(x)))
-
-
-def text_feature(text, x):
-    """The end token's last state (C, W) -> the tower's feature (C, D), not yet of length 1."""
-    x, projection = text.ln_final(x), text.text_projection
-    return projection(x) if isinstance(projection, torch.nn.Linear) else x @ projection
+    CLIP pads to 77 tokens; the tower is causal, so what stands behind the end token changes nothing."""
+    x, last = pad(prompts)                                            # (C, L, W), (C,)
+    length = x.shape[1]
+    x = x + clip.text.positional_embedding[:length]
+    for block in clip.text.transformer.resblocks:
+        x = block(x, attn_mask=clip.text.attn_mask[:length, :length])
+    x = text_feature(clip.text, x[torch.arange(len(x)), last])        # at the end token
+    return F.normalize(x.float(), dim=-1)
 
 
 @torch.no_grad()
@@ -319,6 +300,20 @@ def nearest_words(clip, v):
 
 # ---------------------------------------------------------------- a run: its batches, schedule, evaluation and record
 
+# What is tested: the pictures' features (N, D), and the written template's class features (C, D).
+Part = namedtuple("Part", "name items classnames features zero_shot")
+
+
+def make_part(clip, args, name, data, items, classnames):
+    """A Part, encoded. Raises Problem at a bad picture, or where features are not finite."""
+    features = encode_images(clip, items, args.cache)
+    zero_shot = template_features(clip, data.template, classnames)
+    if not features.isfinite().all() or not zero_shot.isfinite().all():
+        raise Problem(f"--backbone {args.backbone} {args.pretrained}: its features are not finite, "
+                      "so its weights cannot be right")
+    return Part(name, items, classnames, features, zero_shot)
+
+
 @dataclass
 class Run:
     """One training and evaluation: (shots, seed) of a method on a data set."""
@@ -326,30 +321,21 @@ class Run:
     args: argparse.Namespace
     clip: Clip
     data: Data
-    others: list      # of Data, to test on as well
+    parts: list       # of Part: all classes, or the base and the new ones; then those of --transfer
     shots: int
     seed: int
     classnames: list  # of the classes to learn: all, or the base half
     items: list       # the few-shot sample, labelled from 0
+    about: dict = None             # what the records of all runs of this command say
+    job: sweep.Job = None          # which of them this is
+    asked: Part = None             # the pictures of --predict
+    features: torch.Tensor = None  # of the sample's augmented views, (N, V, D)
     started: float = field(default_factory=time.time)
-    features: torch.Tensor = None  # (N, V, D) of the few-shot sample, once `batches` has encoded it
     logged: dict = field(default_factory=dict)
 
     def load(self, prompt):
-        """Whether there is a --load; its tensors are then put into `prompt`. Raises Problem if they are of another kind."""
-        file = (self.args.load or "").replace("{shots}", str(self.shots)).replace("{seed}", str(self.seed))
-        if file:
-            results.load(file, prompt, self.meaning())
-        return bool(file)
-
-    def meaning(self):
-        """What a saved prompt's tensors depend on: another method, backbone or position gives them another meaning."""
-        keys = ["pretrained", "position", "prompts", "towers", "depth"] + ["ctx_init"] * (self.method == "restore")
-        backbone = self.args.backbone
-        if backbone.startswith("local-dir:"):  # "data/tiny_clip", from wherever it was called
-            folder = Path(backbone.removeprefix("local-dir:")).resolve()
-            backbone = str(folder.relative_to(HERE) if folder.is_relative_to(HERE) else folder)
-        return {"method": self.method, "backbone": backbone, **{k: vars(self.args)[k] for k in keys if k in vars(self.args)}}
+        """Puts what --load holds into `prompt`. Raises Problem if it is of another kind."""
+        records.load(self, prompt)
 
     @functools.cached_property
     def labels(self):
@@ -370,9 +356,9 @@ class Run:
         return list(range(self.args.views)) or [epoch]
 
     def batches(self, epoch):
-        """Yields (f(x) (B, D), labels (B,)) of the epoch's batches, encoded once for all epochs and runs (unless --views 0)."""
-        if self.features is None or not self.args.views:
-            self.features = encode_images(self.clip, self.items, self.args.views and self.args.cache, self.views(epoch))
+        """Yields (f(x) (B, D), labels (B,)) of the epoch's batches."""
+        if epoch and not self.args.views:
+            self.features = encode_images(self.clip, self.items, None, self.views(epoch))
         for rows, views in self.plan(epoch):
             yield self.features[rows, views], self.labels[rows]
 
@@ -383,12 +369,22 @@ class Run:
         views = [[numbers[view]] for _, some in plan for view in some]
         loader = load_pixels(paths, self.clip.augment, views, self.args.batch_size, self.clip.device)
         for (rows, views), pixels in zip(plan, loader):
-            yield pixels[:, 0], self.labels[rows], rows, views
+            yield pixels, self.labels[rows], rows, views
 
     def log(self, epoch, **values):
         """Notes what a step computed, numbers or tensors; the record holds their means over the steps of each epoch."""
+        if epoch not in self.logged.get("loss", [epoch]):
+            self.check_finite()  # once an epoch: a GPU is not made to wait at every step
         for name, value in values.items():
             self.logged.setdefault(name, {}).setdefault(epoch, []).append(torch.as_tensor(value).detach())
+
+    def check_finite(self, *parameters):
+        """Raises Problem if the last epoch's loss, or one of the parameters, is not finite."""
+        epoch, losses = next(reversed(self.logged.get("loss", {}).items()), (0, [torch.zeros(())]))
+        losses = torch.stack(losses)
+        if not all(tensor.isfinite().all() for tensor in (losses, *parameters)):
+            raise Problem(f"the training failed in epoch {epoch + 1}, with loss {losses.mean():g}: "
+                          f"try a smaller --lr than {self.args.lr:g}")
 
     def history(self):
         """What was logged: {name: list over epochs}."""
@@ -396,87 +392,77 @@ class Run:
                 for name, epochs in self.logged.items()}
 
     @torch.no_grad()
-    def evaluate(self, prompt, items, classnames, template):
-        """Percent of the items that the written template and the learned prompt put into their class."""
-        clip, labels = self.clip, torch.tensor([item.label for item in items], device=self.clip.device)
-        percent = lambda f, w: 100 * (f @ w.T).argmax(-1).eq(labels).double().mean().item()
-        f, w = encode_images(clip, items, self.args.cache), template_features(clip, template, classnames)
-        zero_shot = percent(f, w)
+    def classifiers(self, prompt, part):
+        """[(image features (N, D), class features (C, D))]: zero-shot CLIP's, and the prompt's."""
+        f = part.features
         if hasattr(prompt, "image_features"):  # prompts in the image tower as well
-            f = encode_images(clip, items, None, encode=prompt.image_features)
-        with clip.autocast():
-            w = prompt.class_features(classnames)
-        return {"zero_shot": zero_shot, "accuracy": percent(f, w.float())}
+            f = encode_images(self.clip, part.items, None, encode=prompt.image_features)
+        with self.clip.autocast():
+            w = prompt.class_features(part.classnames)
+        return [(part.features, part.zero_shot), (f, w.float())]
+
+    def evaluate(self, prompt, part):
+        """Percent of the pictures that the template and the prompt put into their class."""
+        labels = torch.tensor([item.label for item in part.items], device=self.clip.device)
+        zero_shot, predicted = ((f @ w.T).argmax(-1) for f, w in self.classifiers(prompt, part))
+        percent = lambda classes: 100 * classes.eq(labels).double().mean().item()
+        return {"zero_shot": percent(zero_shot), "accuracy": percent(predicted),
+                "per_class": records.per_class(part.classnames, labels, predicted)}
 
     def finish(self, prompt, **more):
-        """Saves (unless it was loaded), evaluates, prints and records a prompt: an nn.Module with `class_features(classnames) -> (C, D)`.
+        """Saves a prompt (unless it was loaded), evaluates, records and prints it.
 
-        `more` is what the method has to tell beside what it logged."""
-        args, data, record, rows, trained = self.args, self.data, {}, {}, time.time()
-        if args.save and not args.load:
-            results.save(args.save.format(shots=self.shots, seed=self.seed), prompt, self.meaning())
-        if args.base_to_new:
-            for part in ("base", "new"):
-                rows[part] = self.evaluate(prompt, *half(data.test, data.classnames, part == "new"), data.template)
-            mean = lambda key: 2 / sum(1 / max(rows[part][key], 1e-9) for part in ("base", "new"))
-            rows["harmonic"] = {"zero_shot": mean("zero_shot"), "accuracy": mean("accuracy")}
-            for part, row in rows.items():
-                record.update({part: row["accuracy"], f"zero_shot_{part}": row["zero_shot"]})
-        else:
-            record = rows["all classes"] = self.evaluate(prompt, data.test, data.classnames, data.template)
-        transfer = {other.name: self.evaluate(prompt, other.test, other.classnames, other.template) for other in self.others}
-        ended, flags = time.time(), dict(vars(args))
-        title = f"{data.name}, {self.shots} shot{'s' * (self.shots > 1)}, seed {self.seed}"
-        print(f"{title:<34} zero-shot {self.method:>9}")
-        for name, row in {**rows, **transfer}.items():
-            print(f"  {name:<32} {row['zero_shot']:9.1f} {row['accuracy']:9.1f}", flush=True)
-        results.append_line(args.out, json.dumps({
-            "method": self.method, "dataset": data.name, "backbone": self.meaning()["backbone"], "pretrained": args.pretrained,
-            "shots": self.shots, "seed": self.seed, "protocol": "base-to-new" if args.base_to_new else "few-shot",
-            **record, "transfer": transfer, **({"loaded": args.load} if args.load else {}), **self.history(), **more,
-            "parameters": sum(p.numel() for p in prompt.parameters()),
-            "seconds": {"encoding": self.clip.seconds, "training": trained - self.started, "all": ended - self.started},
-            "versions": {"python": platform.python_version(), "torch": torch.__version__, "open_clip": open_clip.__version__},
-            "device": torch.cuda.get_device_name() if args.device == "cuda" else platform.processor() or platform.machine(),
-            "changed": flags.pop("changed"), "flags": flags}))
+        prompt  a Module with class_features(classnames) -> (C, D)
+        more    what the method has to tell beside what it logged"""
+        trained = time.time()
+        self.check_finite(*prompt.parameters())
+        if self.args.save and not self.args.load:
+            records.save(self, prompt)
+        rows = {part.name: self.evaluate(prompt, part) for part in self.parts}
+        record = records.add(self, prompt, rows, trained, more)  # before printing, which may fail
         self.clip.seconds = 0
+        sweep.show(self.job.title, record)
+        if self.asked:
+            tau, both = self.clip.logit_scale, self.classifiers(prompt, self.asked)
+            predict.show(self.args.predict, self.data.classnames, self.method,
+                         *((tau * f @ w.T).softmax(-1) for f, w in both))
 
 
-def runs(script, args):
-    """Yields one Run for every number of shots and every seed, the random numbers seeded. `script`: the method's __file__.
+def runs(script, args, features=True):
+    """Yields one Run for every number of shots and every seed, the random numbers seeded.
 
-    Under torchrun, or in a Slurm array, the runs are dealt out: every process takes its share and adds to the same file.
-    Raises Problem where the data set cannot serve the protocol."""
-    env = os.environ
-    if "RANK" in env and "WORLD_SIZE" in env:
-        mine, processes = int(env["RANK"]), int(env["WORLD_SIZE"])
-    elif "SLURM_ARRAY_TASK_ID" in env and "SLURM_ARRAY_TASK_COUNT" in env:
-        mine, processes = int(env["SLURM_ARRAY_TASK_ID"]), int(env["SLURM_ARRAY_TASK_COUNT"])
-        if int(env.get("SLURM_ARRAY_TASK_MAX", mine)) - int(env.get("SLURM_ARRAY_TASK_MIN", mine)) not in (0, processes - 1):
-            raise Problem("the Slurm array has gaps: use one without, such as --array=0-9")
-    else:
-        mine, processes = 0, 1
-    data, clip = load_data(args.dataset, args.data_root), load_clip(args)
-    if args.base_to_new and (len(data.classnames) < 4 or not all(half(data.test, data.classnames, new)[0] for new in (False, True))):
-        raise Problem(f"{args.dataset}: --base-to-new needs two classes or more in each half, and test images of both halves")
-    if not data.train and not args.load:
-        raise Problem(f"{args.dataset} has no training images; it is for --transfer or --load")
-    others = [load_data(name, args.data_root) for name in args.transfer]  # what is missing is missed before the training
-    if data.note:
-        print(f"{data.name}: {data.note}")
-    largest = max((sum(item.label == k for item in data.train) for k in range(len(data.classnames))), default=0)
-    for shots in args.shots:
-        if shots > largest and not args.load:
-            print(f"{data.name} has no class with {shots} training images: using the {largest} there are")
-    every = list(itertools.product(args.shots, args.seeds))
-    for shots, seed in every[mine % processes::processes] if len(every) > 1 else every:  # a single run is everyone's own
-        items, classnames = few_shot(data.train, shots, seed), data.classnames
+    Under torchrun, or in a Slurm array, every process takes its share. What --out has already is
+    left out; at the end the means over the seeds are printed. All pictures are encoded, so found
+    to be there and whole, before a training; a method that changes the image tower needs no
+    `features` to learn from. `script` is the method's __file__. Raises Problem where the data set
+    cannot serve the protocol."""
+    mine, processes = sweep.rank()
+    data = load_data(args.dataset, args.data_root)
+    others = [load_data(name, args.data_root) for name in args.transfer]
+    about = sweep.about([Path(script), Path(__file__)], args, data, others)
+    jobs = sweep.wanted(args, data)
+    todo = sweep.left(sweep.share(jobs, mine, processes), about, args)
+    if todo:
+        clip, tests = load_clip(args), [("all classes", data, data.test, data.classnames)]
+        if args.base_to_new:
+            tests = [(name, data, *half(data.test, data.classnames, name == "new"))
+                     for name in ("base", "new")]
+        tests += [(other.name, other, other.test, other.classnames) for other in others]
+        parts = [make_part(clip, args, *test) for test in tests]
+        asked = [Item(file, 0, "") for file in args.predict]
+        asked = asked and make_part(clip, args, "", data, asked, data.classnames)
+    for job in todo:
+        items, classnames = few_shot(data.train, job.shots, job.seed), data.classnames
         if args.base_to_new:
             items, classnames = half(items, classnames, new=False)
-        if not items and not args.load:
-            raise Problem(f"{args.dataset} has no training images of the base classes")
-        torch.manual_seed(seed)
-        yield Run(Path(script).stem, args, clip, data, others, shots, seed, classnames, items)
+        run = Run(about["method"], args, clip, data, parts, job.shots, job.seed, classnames, items,
+                  about, job, asked)
+        if features and not args.load:
+            run.features = encode_images(clip, items, args.views and args.cache, run.views(0))
+        run.started = time.time()
+        torch.manual_seed(job.seed)
+        yield run
+    sweep.summary(jobs, about)
 
 
 def default_epochs(run):

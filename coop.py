@@ -1,71 +1,95 @@
 """CoOp: learn the words around the class name.
 
-Paper: Zhou, Yang, Loy, Liu, "Learning to Prompt for Vision-Language Models", IJCV 2022, arXiv 2109.01134.
+Paper: Zhou, Yang, Loy, Liu, "Learning to Prompt for Vision-Language Models", IJCV 2022,
+arXiv 2109.01134.
 
-CLIP classifies an image by comparing it with a sentence for every class, and a few words more or less in that sentence
-move the accuracy by several points. CoOp replaces the words by vectors and learns them from a few labelled images.
+CLIP classifies an image by comparing it with a sentence for every class, and a few words more or
+less in that sentence move the accuracy by several points. CoOp replaces the words by vectors and
+learns them from a few labelled images. CLIP itself stays frozen.
 
-    w_c    = g([start, v_1, ..., v_M, name_c, ".", end])         class feature            -> Prompt.forward
-    p(c|x) = softmax_c(tau f(x) . w_c)                           CLIP's own classifier    -> train
-    L      = -log p(y|x)                                         cross-entropy            -> train
+The model
+    w_c    = g([start, v_1, ..., v_M, name_c, ".", end])        class feature       Prompt.forward
+    p(c|x) = softmax_c(tau f(x) . w_c)                          CLIP's classifier   train
+    L      = -log p(y|x), mean over a batch                     cross-entropy       train
 
-    f(x)   the image feature, from CLIP's frozen image tower, of length 1; while training, of a random crop of the image
-    g      CLIP's frozen text tower; w_c its feature at the end token, of length 1
-    v_m    the learned context: M vectors in the space of word embeddings, shared by all classes or one set per class
-    name_c the word embeddings of the class name; it can also stand in the middle or in front of the context
-    tau    CLIP's logit scale, frozen as well
+    x, y   an image and its label, one of the C classes that are learned
+    f(x)   the feature that CLIP's image tower gives it, D numbers, of length 1
+    g      CLIP's text tower: the feature that it reads at the end token, of length 1
+    v_m    the learned context, M = 16 vectors as wide as word embeddings (W); they start as noise,
+           N(0, 0.02^2), and are shared by all classes (--class-specific: M of them for each class)
+    name_c the word embeddings of the class name; it can also stand in the middle or in front
+    tau    CLIP's logit scale (100 in OpenAI's models)
 
-Try first:  python coop.py                              4 shots on the embedded data set, in seconds
-            python coop.py --base-to-new --shots 16     what it costs on classes that were not learned
+The update, once for each batch, with G = dL/dv
+    u <- 0.9 u + G + 0.0005 v,  v <- v - r u                    SGD: momentum, weight decay
+    r = 1e-5 in the first epoch, e = 0; then lr (1 + cos(pi (e - 1) / E)) / 2 of e = 1, ..., E - 1
+    with lr = 0.002 and E = 50, 100, 200 epochs for 1, 2 to 4, 8 or more shots (ImageNet: 50)
+    A batch is 32 of the training images, in random order; what is left over at the end of an epoch
+    is not used. Of every image ten random crops are encoded before the training, and one of the
+    ten is drawn whenever the image is used (--views 0: a new crop every time).
+
+The test: argmax_c f(x) . w_c, for images resized as CLIP itself does, without a random crop.
+
+Try first:  python coop.py                              4 shots on the embedded data set
+            python coop.py --base-to-new --shots 16     what it costs on classes not learned
             python coop.py --ctx-init "a photo of a"    start from words instead of noise
 """
+
+import common  # first: Ctrl-C while the libraries load ends in one line
 
 import torch
 import torch.nn.functional as F
 
-import common
-
 
 class Prompt(torch.nn.Module):
-    """The learned context `v`, (M, W) shared by all classes or (C, M, W) class-specific, and the prompts made with it."""
+    """The learned context v: (M, W), shared by all classes, or (C, M, W), class-specific."""
 
     def __init__(self, clip, v, position="end"):
         super().__init__()
-        self.clip, self.position, self.v = clip, position, torch.nn.Parameter(v)
+        self.clip, self.position = clip, position
+        self.v = torch.nn.Parameter(v)
 
     def forward(self, names):
-        """Class features w (C, D), of length 1. `names`: of each class the embeddings of [name_c, "."], and name_c's length."""
-        start, end = common.start_end(self.clip)                                      # (1, W) each
-        v = self.v.expand(len(names), -1, -1)                                         # (C, M, W)
-        m = {"end": v.shape[1], "middle": v.shape[1] // 2, "front": 0}[self.position]  # how much of it is before the name
-        prompts = [[start, v_c[:m], name[:n], v_c[m:], name[n:], end] for v_c, (name, n) in zip(v, names)]
-        same = 1 + m if self.v.ndim == 2 else 0                                       # first tokens, the same for all c
-        return common.encode_text(self.clip, prompts, shared=same)
+        """Class features w (C, D). names: per class the embeddings of its name and of the "."."""
+        start, end = common.start_end(self.clip)                        # (1, W) each
+        prompts = []
+        for c, (name, dot) in enumerate(names):                         # (l, W) and (1, W)
+            v = self.v if self.v.ndim == 2 else self.v[c]               # (M, W)
+            half = len(v) // 2
+            prompts.append({
+                "end": [start, v, name, dot, end],
+                "middle": [start, v[:half], name, v[half:], dot, end],
+                "front": [start, name, v, dot, end],
+            }[self.position])
+        return common.encode_text(self.clip, prompts)
 
     def class_features(self, classnames):
-        """Class features of any classes, for evaluation: (C, D)."""
-        return self(common.name_tokens(self.clip, classnames))
+        """Class features of any classes, for the test: (C, D)."""
+        return self(common.name_embeddings(self.clip, classnames))
 
 
 def first_context(run, args):
-    """Where the context starts: Gaussian noise of standard deviation 0.02, or words (then M is their number)."""
-    clip, copies = run.clip, [len(run.classnames)] if args.class_specific else []
+    """Where v starts: noise, or the embeddings of words, whose number is M then."""
+    clip = run.clip
+    copies = [len(run.classnames)] if args.class_specific else []
     if args.ctx_init:
         return common.embed(clip, args.ctx_init).repeat(*copies, 1, 1)
-    return 0.02 * torch.randn(*copies, args.n_ctx, clip.text.token_embedding.embedding_dim, device=clip.device)
+    width = clip.text.token_embedding.embedding_dim
+    return 0.02 * torch.randn(*copies, args.n_ctx, width, device=clip.device)
 
 
 def train(prompt, run, args):
     """Learns the prompt in place."""
-    clip, names = run.clip, common.name_tokens(run.clip, run.classnames)
+    clip = run.clip
+    names = common.name_embeddings(clip, run.classnames)
     optimizer = torch.optim.SGD(prompt.parameters(), args.lr, momentum=0.9, weight_decay=5e-4)
     epochs = args.epochs or common.default_epochs(run)
     for epoch in common.progress(range(epochs), desc="training", unit="epoch"):
         optimizer.param_groups[0]["lr"] = common.learning_rate(epoch, epochs, args.lr)
-        for f, y in run.batches(epoch):                                               # (B, D), (B)
+        for f, y in run.batches(epoch):                                 # (B, D), (B)
             with clip.autocast():
-                w = prompt(names)                                                     # (C, D), once for the whole batch
-            logits = clip.logit_scale * f @ w.T                                       # (B, C)
+                w = prompt(names)                                       # (C, D)
+            logits = clip.logit_scale * f @ w.T                         # (B, C)
             loss = F.cross_entropy(logits, y)
             optimizer.zero_grad()
             loss.backward()
@@ -77,13 +101,16 @@ def main():
     parser = common.flags(__doc__, lr=0.002, batch_size=32, n_ctx=16)
     parser.add_argument("--ctx-init", type=common.words, default="", metavar="WORDS",
                         help="start from these words, whose number replaces --n-ctx (noise)")
-    parser.add_argument("--class-specific", action="store_true", help="learn one context per class instead of one for all")
+    parser.add_argument("--class-specific", action="store_true",
+                        help="learn one context per class instead of one for all")
     parser.add_argument("--position", choices=["end", "middle", "front"], default="end",
                         help="where the class name stands (end)")
     args = common.parse(parser)
     for run in common.runs(__file__, args):
         prompt = Prompt(run.clip, first_context(run, args), args.position)
-        if not run.load(prompt):
+        if args.load:
+            run.load(prompt)
+        else:
             train(prompt, run, args)
         run.finish(prompt)
         print("  nearest words:", common.nearest_words(run.clip, prompt.v))

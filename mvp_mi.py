@@ -1,135 +1,198 @@
-"""MVP-MI: learn the words around the class name, and keep them informative about what was written by hand.
+"""MVP-MI: learn the words around the class name, informative about the hand-written prompt.
 
-Paper: arXiv 2410.03189, called MVP-MI here. Only its abstract could be consulted: soft and hand-crafted prompts are two views
-of the text, their mutual information is maximised, and a class-wise augmentation from the visual modality makes the prompt
-robust on unseen classes. EVERYTHING BEYOND THAT IS OUR READING, in the simplest form.
+Paper: arXiv 2410.03189, called MVP-MI here (summaries call the method E2MIM). Of it only its
+abstract and summaries could be read, no equation, and there is no public code. Marked [P] is what
+they say, [O] is our reading of it, in the simplest form.
 
-    w_c    = g([start, v_1, ..., v_M, name_c, ".", end])         class feature            -> Prompt.forward
-    p(c|x) = softmax_c(tau f(x) . w_c)                           CLIP's own classifier    -> train
-    s_c    = w_c,  h_c = g(template of c)                        two views of class c     -> train
-    L_nce  = -1/2C sum_c [log softmax_c'(s_c . h_c' / t)_c + log softmax_c'(h_c . s_c' / t)_c]   -> info_nce
-    I(S;H) >= log C - L_nce                                      the bound, in nats       -> train
-    f~     = sum_i a_i f(x_i),  a ~ Dirichlet(1)                 class-wise augmentation  -> augment
-    L      = -log p(y|x) over x and f~, + lambda L_nce           cross-entropy and bound  -> train
+The learned and the written prompt are two views of the text [P]. Their mutual information is
+maximised, so that the learned one keeps the general meaning [P]. Class-wise Mixup of the image
+features widens what the prompt is trained against [P], and takes part in the mutual information,
+which a learned estimator measures [P]. CLIP itself stays frozen.
 
-    f(x)   the image feature, from CLIP's frozen image tower, of length 1; while training, of a random crop of the image
-    g      CLIP's frozen text tower; w_c its feature at the end token, of length 1
-    v_m    the learned context: M vectors in the space of word embeddings, shared by all classes or one set per class
-    name_c the word embeddings of the class name; it can also stand in the middle or in front of the context
-    tau    CLIP's logit scale, frozen as well
-    t      the temperature of the bound (0.07); the lower it is, the sooner the bound is close to log C; lambda is 1
-    f~     a convex combination of four image features of one class (its shots, their augmented views), of length 1 again
+The model
+    w_c    = g([start, v_1, ..., v_M, name_c, ".", end])        class feature       Prompt.forward
+    p(c|x) = softmax_c(tau f(x) . w_c)                          CLIP's classifier   train
+    h_c    = g(template of c)                                   the written view    train
+    f~     = u f(x_i) + (1 - u) f(x_j),  y_i = y_j = y~         class-wise Mixup    mixup
+    T(a,b) = cos(A a, B b) / t                                  the estimator [O]   Critic
+    L_view = -1/2C sum_c [log softmax_c'(T(w_c, h_c'))_c
+                        + log softmax_c'(T(w_c', h_c))_c]       InfoNCE [O]         info_nce
+    L_img  = -log softmax_c'(T(w_c', f~))_y~, mean over f~      InfoNCE [O]         train
+    L      = -log p(y|x), mean over the batch and the f~ [O],
+             + lambda L_view + mu L_img                                             train
+    I(w;h) >= log C - L_view,  I(w;f~) >= log C - L_img         the bounds, in nats train
 
-At test time a class is the mean of both views, of length 1, or the soft one alone (--classifier); for --transfer, too, the
-written view is made with the template of --dataset. The bound is one for classes drawn at random; here they are all C
-of them: read it as how well either view tells which class the other one means. t, lambda and the classifier were chosen on
-validation images of `shapes`, base to new, 4 and 16 shots, seeds 1 to 3, among t 0.07, 0.3, 1; lambda 1, 4, 16 did alike.
+    x, y   an image and its label, one of the C classes that are learned
+    f(x)   the feature that CLIP's image tower gives it, D numbers, of length 1
+    g      CLIP's text tower: the feature that it reads at the end token, of length 1
+    v_m    the learned context, M = 16 vectors as wide as word embeddings (W); they start as noise,
+           N(0, 0.02^2), and are shared by all classes (--class-specific: M of them for each class)
+    name_c the word embeddings of the class name; it can also stand in the middle or in front
+    tau    CLIP's logit scale (100 in OpenAI's models)
+    f~     two for each class in a batch (--augment): i, j any two training images (one of their
+           crops) of that class, u uniform in [0, 1] (Beta(1, 1)), then brought to length 1
+    A, B   learned (D, D) maps that start at the identity, t a learned temperature that starts at
+           0.07; --critic cosine leaves them there
+    lambda, mu   the weights (--mi-weight, --image-weight)
 
-Try first:  python mvp_mi.py --base-to-new --shots 16   and the same with coop.py: what is kept of the new classes
-            python mvp_mi.py --base-to-new --shots 16 --mi-weight 0     without the mutual information
-            python mvp_mi.py --mi-weight 0 --augment 0 --classifier soft        CoOp, to the last digit
+The update, once for each batch, with G = dL/dv
+    u <- 0.9 u + G + 0.0005 v,  v <- v - r u                    SGD: momentum, weight decay
+    r = 1e-5 in the first epoch, e = 0; then lr (1 + cos(pi (e - 1) / E)) / 2 of e = 1, ..., E - 1
+    with lr = 0.002 and E = 50, 100, 200 epochs for 1, 2 to 4, 8 or more shots (ImageNet: 50)
+    A batch is 32 of the training images, in random order; what is left over at the end of an epoch
+    is not used. Of every image ten random crops are encoded before the training, and one of the
+    ten is drawn whenever the image is used (--views 0: a new crop every time).
+
+The test: argmax_c f(x) . w_c, for images resized as CLIP itself does, without a random crop.
+
+Try first:  python coop.py                              4 shots on the embedded data set
+            python coop.py --base-to-new --shots 16     what it costs on classes not learned
+            python coop.py --ctx-init "a photo of a"    start from words instead of noise
 """
+
+import common  # first: Ctrl-C while the libraries load ends in one line
 
 import math
 
 import torch
 import torch.nn.functional as F
 
-import common
-
 
 class Prompt(torch.nn.Module):
-    """The learned context `v`, (M, W) shared by all classes or (C, M, W) class-specific, and the prompts made with it."""
+    """The learned context v: (M, W), shared by all classes, or (C, M, W), class-specific."""
 
-    def __init__(self, clip, v, position="end", template=None):
+    def __init__(self, clip, v, position="end", template=None, learned=()):
         super().__init__()
-        self.clip, self.position, self.v = clip, position, torch.nn.Parameter(v)
-        self.template = template                                                      # of the classifier's second view, if any
+        self.clip, self.position = clip, position
+        self.template, self.learned = template, set(learned)
+        self.v = torch.nn.Parameter(v)
 
     def forward(self, names):
-        """Class features w (C, D), of length 1. `names`: of each class the embeddings of [name_c, "."], and name_c's length."""
-        start, end = common.start_end(self.clip)                                      # (1, W) each
-        v = self.v.expand(len(names), -1, -1)                                         # (C, M, W)
-        m = {"end": v.shape[1], "middle": v.shape[1] // 2, "front": 0}[self.position]  # how much of it is before the name
-        prompts = [[start, v_c[:m], name[:n], v_c[m:], name[n:], end] for v_c, (name, n) in zip(v, names)]
-        same = 1 + m if self.v.ndim == 2 else 0                                       # first tokens, the same for all c
-        return common.encode_text(self.clip, prompts, shared=same)
+        """Class features w (C, D). names: per class the embeddings of its name and of the "."."""
+        start, end = common.start_end(self.clip)                        # (1, W) each
+        prompts = []
+        for c, (name, dot) in enumerate(names):                         # (l, W) and (1, W)
+            v = self.v if self.v.ndim == 2 else self.v[c]               # (M, W)
+            half = len(v) // 2
+            prompts.append({
+                "end": [start, v, name, dot, end],
+                "middle": [start, v[:half], name, v[half:], dot, end],
+                "front": [start, name, v, dot, end],
+            }[self.position])
+        return common.encode_text(self.clip, prompts)
 
     def class_features(self, classnames):
-        """Class features of any classes, for evaluation: (C, D)."""
-        w = self(common.name_tokens(self.clip, classnames))
-        if self.template:
-            w = F.normalize(w + common.template_features(self.clip, self.template, classnames), dim=-1)
-        return w
+        """Class features of any classes, for the test: (C, D)."""
+        w = self(common.name_embeddings(self.clip, classnames))
+        if self.template is None:
+            return w
+        h = common.template_features(self.clip, self.template, classnames)
+        known = torch.tensor([name in self.learned for name in classnames], device=w.device)
+        return torch.where(known[:, None], w, F.normalize(w + h, dim=-1))
 
 
 def first_context(run, args):
-    """Where the context starts: Gaussian noise of standard deviation 0.02, or words (then M is their number)."""
-    clip, copies = run.clip, [len(run.classnames)] if args.class_specific else []
+    """Where v starts: noise, or the embeddings of words, whose number is M then."""
+    clip = run.clip
+    copies = [len(run.classnames)] if args.class_specific else []
     if args.ctx_init:
         return common.embed(clip, args.ctx_init).repeat(*copies, 1, 1)
-    return 0.02 * torch.randn(*copies, args.n_ctx, clip.text.token_embedding.embedding_dim, device=clip.device)
+    width = clip.text.token_embedding.embedding_dim
+    return 0.02 * torch.randn(*copies, args.n_ctx, width, device=clip.device)
 
 
-def info_nce(s, h, t):
-    """L_nce, InfoNCE between two views s, h (C, D) of length 1, both ways (van den Oord et al. 2018, equation 4)."""
-    similarity, own = s @ h.T / t, torch.arange(len(s), device=s.device)              # (C, C)
-    return (F.cross_entropy(similarity, own) + F.cross_entropy(similarity.T, own)) / 2
+class Critic(torch.nn.Module):
+    """The estimator T(a, b) = cos(A a, B b) / t of how well two features belong together."""
+
+    def __init__(self, dim, t):
+        super().__init__()
+        self.A, self.B = torch.nn.Parameter(torch.eye(dim)), torch.nn.Parameter(torch.eye(dim))
+        self.log_t = torch.nn.Parameter(torch.tensor(t).log())
+
+    def forward(self, a, b):
+        """T of all pairs of a (n, D) and b (m, D): (n, m)."""
+        a, b = F.normalize(a @ self.A.T, dim=-1), F.normalize(b @ self.B.T, dim=-1)
+        return a @ b.T / self.log_t.exp()
 
 
-def augment(features, labels, y, k, rng):
-    """f~: k random convex combinations per class in the batch, of its features (N, V, D): (classes * k, D), labels."""
-    made, classes = [], y.unique().repeat_interleave(k)
-    for c in classes.tolist():
-        own = features[labels == c].flatten(0, 1)                                     # (n V, D)
-        some = own[torch.randint(len(own), (4,), generator=rng)]                      # (4, D)
-        a = -torch.rand(4, generator=rng).clamp_min(1e-9).log()                       # exponential draws, over their sum:
-        made.append((a / a.sum()).to(own.device) @ some)                              # uniform on the simplex, Dirichlet(1)
-    return F.normalize(torch.stack(made), dim=-1), classes
+def info_nce(T):
+    """L_view of T (C, C), both ways (van den Oord et al. 2018, equation 4)."""
+    own = torch.arange(len(T), device=T.device)
+    return (F.cross_entropy(T, own) + F.cross_entropy(T.T, own)) / 2
+
+
+def mixup(features, labels, y, k, rng):
+    """f~ (m, D) and y~ (m,), k for every class in y, of the training features (N, V, D)."""
+    y_mix = y.unique().repeat_interleave(k)                             # (m,)
+    same = (labels == y_mix[:, None]).float().cpu()                     # (m, N)
+    rows = torch.multinomial(same, 2, replacement=True, generator=rng)  # (m, 2), of that class
+    views = torch.randint(features.shape[1], rows.shape, generator=rng)
+    u = torch.rand(len(rows), 1, generator=rng).to(features.device)
+    a, b = features[rows, views].unbind(1)                              # (m, D) each
+    return F.normalize(u * a + (1 - u) * b, dim=-1), y_mix
 
 
 def train(prompt, run, args):
     """Learns the prompt in place."""
-    clip, names = run.clip, common.name_tokens(run.clip, run.classnames)
+    clip = run.clip
+    names = common.name_embeddings(clip, run.classnames)
     optimizer = torch.optim.SGD(prompt.parameters(), args.lr, momentum=0.9, weight_decay=5e-4)
-    epochs = args.epochs or common.default_epochs(run)
-    h = common.template_features(clip, run.data.template, run.classnames)             # (C, D), the written view
+    h = common.template_features(clip, run.data.template, run.classnames)   # (C, D)
+    critic = Critic(h.shape[1], args.mi_temperature).to(clip.device)
+    if args.critic == "learned":
+        optimizer.add_param_group({"params": critic.parameters(), "weight_decay": 0})
     rng = torch.Generator().manual_seed(run.seed)
+    epochs = args.epochs or common.default_epochs(run)
     for epoch in common.progress(range(epochs), desc="training", unit="epoch"):
-        optimizer.param_groups[0]["lr"] = common.learning_rate(epoch, epochs, args.lr)
-        for f, y in run.batches(epoch):                                               # (B, D), (B)
+        for group in optimizer.param_groups:
+            group["lr"] = common.learning_rate(epoch, epochs, args.lr)
+        for f, y in run.batches(epoch):                                 # (B, D), (B)
             with clip.autocast():
-                w = prompt(names)                                                     # (C, D), once for the whole batch
+                w = prompt(names)                                       # (C, D)
+            l_view, l_img = info_nce(critic(w, h)), torch.zeros(())
             if args.augment:
-                more_f, more_y = augment(run.features, run.labels, y, args.augment, rng)
-                f, y = torch.cat([f, more_f]), torch.cat([y, more_y])                 # B is larger from here on
-            logits = clip.logit_scale * f @ w.T                                       # (B, C)
-            l_nce = info_nce(w, h, args.mi_temperature)
-            loss = F.cross_entropy(logits, y) + args.mi_weight * l_nce
+                f_mix, y_mix = mixup(run.features, run.labels, y, args.augment, rng)
+                l_img = F.cross_entropy(critic(w, f_mix).T, y_mix)
+                f, y = torch.cat([f, f_mix]), torch.cat([y, y_mix])     # (B + m, D), (B + m,)
+            logits = clip.logit_scale * f @ w.T                         # (B + m, C)
+            loss = F.cross_entropy(logits, y) + args.mi_weight * l_view + args.image_weight * l_img
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            run.log(epoch, loss=loss, bound=math.log(len(h)) - l_nce)                 # in nats, log C at most
+            log_c = math.log(len(w))
+            run.log(epoch, loss=loss, bound=log_c - l_view, image_bound=log_c - l_img)
 
 
 def main():
     parser = common.flags(__doc__, lr=0.002, batch_size=32, n_ctx=16)
     parser.add_argument("--ctx-init", type=common.words, default="", metavar="WORDS",
                         help="start from these words, whose number replaces --n-ctx (noise)")
-    parser.add_argument("--class-specific", action="store_true", help="learn one context per class instead of one for all")
+    parser.add_argument("--class-specific", action="store_true",
+                        help="learn one context per class instead of one for all")
     parser.add_argument("--position", choices=["end", "middle", "front"], default="end",
                         help="where the class name stands (end)")
-    parser.add_argument("--mi-weight", type=common.number(low_ok=True), default=1.0, metavar="LAMBDA",
-                        help="of the mutual-information term (1)")
-    parser.add_argument("--mi-temperature", type=common.number(), default=0.07, metavar="T", help="of the bound (0.07)")
-    parser.add_argument("--augment", type=common.number(int, 0, low_ok=True), default=2, metavar="K",
-                        help="combined features per class and batch (2)")
-    parser.add_argument("--classifier", choices=["soft", "mean"], default="mean", help="the soft view, or the mean of both (mean)")
+    weight = common.number(low_ok=True)
+    parser.add_argument("--mi-weight", type=weight, default=1.0, metavar="LAMBDA",
+                        help="of the mutual information of the two views (1)")
+    parser.add_argument("--image-weight", type=weight, default=1.0, metavar="MU",
+                        help="of the mutual information of mixed images and the learned view (1)")
+    parser.add_argument("--mi-temperature", type=common.number(), default=0.07, metavar="T",
+                        help="of the estimator, at the start (0.07)")
+    parser.add_argument("--critic", choices=["learned", "cosine"], default="learned",
+                        help="an estimator that is learned, or one that stays (learned)")
+    parser.add_argument("--augment", type=common.number(int, 0, low_ok=True), default=2,
+                        metavar="K", help="mixed features per class and batch (2)")
+    parser.add_argument("--classifier", choices=["seen", "soft", "mean"], default="seen",
+                        help="the learned view (soft), the mean of both views, or the learned one "
+                             "for classes that were learned, else the mean (seen)")
     args = common.parse(parser)
     for run in common.runs(__file__, args):
-        template = run.data.template if args.classifier == "mean" else None
-        prompt = Prompt(run.clip, first_context(run, args), args.position, template)
-        if not run.load(prompt):
+        prompt = Prompt(run.clip, first_context(run, args), args.position,
+                        None if args.classifier == "soft" else run.data.template,
+                        run.classnames if args.classifier == "seen" else ())
+        if args.load:
+            run.load(prompt)
+        else:
             train(prompt, run, args)
         run.finish(prompt, log_C=math.log(len(run.classnames)))
         print("  nearest words:", common.nearest_words(run.clip, prompt.v))

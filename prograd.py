@@ -1,112 +1,141 @@
 """ProGrad: learn the words around the class name, but never against what the written prompt knows.
 
-Paper: Zhu, Niu, Han, Wu, Zhang, "Prompt-aligned Gradient for Prompt Tuning", ICCV 2023, arXiv 2205.14865.
+Paper: Zhu, Niu, Han, Wu, Zhang, "Prompt-aligned Gradient for Prompt Tuning", ICCV 2023,
+arXiv 2205.14865.
 
-CoOp's context, learned from a few images, forgets what CLIP knew: with few shots, or on new classes, it can end below the
-zero-shot classifier. ProGrad follows a gradient only as far as it does not undo the written prompt's predictions.
+CoOp's context, learned from a few images, forgets what CLIP knew: with few shots, or on new
+classes, it can end below the zero-shot classifier. ProGrad follows the gradient of the few images
+only as far as it does not undo the predictions of a written prompt. CLIP itself stays frozen.
 
-    w_c    = g([start, v_1, ..., v_M, name_c, ".", end])         class feature            -> Prompt.forward
-    p(c|x) = softmax_c(tau f(x) . w_c)                           CLIP's own classifier    -> train
-    L_d    = -log p(y|x)                                         the domain's loss        -> losses
-    L_g    = -T^2 sum_c p_zs(c|x) log p_T(c|x)                   the general loss         -> losses
-    G      = G_d                                 if G_d . G_g >= 0    the gradient used   -> project
-           = G_d - lambda (G_d . G_g / |G_g|^2) G_g      otherwise
+The model
+    w_c    = g([start, v_1, ..., v_M, name_c, ".", end])        class feature       Prompt.forward
+    p(c|x) = softmax_c(tau f(x) . w_c)                          CLIP's classifier   train
+    L_d    = -log p(y|x), mean over a batch                     the domain's loss   losses
+    L_g    = -sum_c p_zs(c|x) log p(c|x), mean over a batch     the general loss    losses
+    G_d    = dL_d/dv,  G_g = dL_g/dv                            two gradients       gradients
+    G      = G_d                                         if G_d . G_g >= 0          project
+           = G_d - lambda (G_d . G_g / |G_g|^2) G_g      otherwise: a conflict      project
 
-    f(x)   the image feature, from CLIP's frozen image tower, of length 1; while training, of a random crop of the image
-    g      CLIP's frozen text tower; w_c its feature at the end token, of length 1
-    v_m    the learned context: M vectors in the space of word embeddings, shared by all classes or one set per class
-    name_c the word embeddings of the class name; it can also stand in the middle or in front of the context
-    G_d    the gradient of L_d with respect to the context, G_g that of L_g; lambda is 1: all of a conflict is taken out
-    p_zs   the zero-shot prediction of ProGrad's own template. p_T and p_zs have their logits divided by a temperature T (1);
-           L_g is T^2 KL(p_zs || p_T) but for p_zs's entropy, which no gradient sees; it only vetoes, it is not minimised
-    tau    CLIP's logit scale, frozen as well
+    x, y   an image and its label, one of the C classes that are learned
+    f(x)   the feature that CLIP's image tower gives it, D numbers, of length 1
+    g      CLIP's text tower: the feature that it reads at the end token, of length 1
+    v_m    the learned context, M = 16 vectors as wide as word embeddings (W); the last of them
+           start as the words before the name in ProGrad's own template, the others as zeros; they
+           are shared by all classes (--class-specific: M of them for each class)
+    name_c the word embeddings of the class name; it can also stand in the middle or in front
+    tau    CLIP's logit scale (100 in OpenAI's models)
+    p_zs   the zero-shot prediction: softmax_c(tau f(x) . g(template of c)), the same template
+    lambda 1 takes all of a conflict out, 0 nothing (--projection)
+    L_g is KL(p_zs || p) but for the entropy of p_zs, which no gradient sees. It is not minimised:
+    it only vetoes. With --temperature T both of its logits are divided by T, and L_g is times T^2.
+    The dot products are over all numbers of v: one decision for the whole context, or all of them.
 
-Try first:  python prograd.py                           4 shots on the embedded data set, in seconds
-            python prograd.py --base-to-new --shots 16  and the same with coop.py: what is kept of the new classes
-            python prograd.py --projection 0            no projection: CoOp, started from the template
+The update, once for each batch, with that G
+    u <- 0.9 u + G + 0.0005 v,  v <- v - r u                    SGD: momentum, weight decay
+    r = 1e-5 in the first epoch, e = 0; then lr (1 + cos(pi (e - 1) / E)) / 2 of e = 1, ..., E - 1
+    with lr = 0.002 and E = 50, 100, 200 epochs for 1, 2 to 4, 8 or more shots (ImageNet: 50)
+    A batch is 32 of the training images, in random order; what is left over at the end of an epoch
+    is not used. Of every image ten random crops are encoded before the training, and one of the
+    ten is drawn whenever the image is used (--views 0: a new crop every time).
+
+The test: argmax_c f(x) . w_c, for images resized as CLIP itself does, without a random crop.
+
+Try first:  python prograd.py                           4 shots on the embedded data set
+            python prograd.py --base-to-new --shots 16  what is kept of classes not learned
+            python prograd.py --projection 0            CoOp, started from the template
 """
+
+import common  # first: Ctrl-C while the libraries load ends in one line
 
 import torch
 import torch.nn.functional as F
 
-import common
-
 
 class Prompt(torch.nn.Module):
-    """The learned context `v`, (M, W) shared by all classes or (C, M, W) class-specific, and the prompts made with it.
-
-    What is left over of the template's words, (k, W), stands unlearned in front of the name."""
+    """The learned context v: (M, W), shared by all classes, or (C, M, W), class-specific."""
 
     def __init__(self, clip, v, position="end", left_over=None):
         super().__init__()
-        self.clip, self.position, self.v = clip, position, torch.nn.Parameter(v)
+        self.clip, self.position = clip, position
         self.left_over = v.new_empty(0, v.shape[-1]) if left_over is None else left_over
+        self.v = torch.nn.Parameter(v)
 
     def forward(self, names):
-        """Class features w (C, D), of length 1. `names`: of each class the embeddings of [name_c, "."], and name_c's length."""
-        start, end = common.start_end(self.clip)                                      # (1, W) each
-        v = self.v.expand(len(names), -1, -1)                                         # (C, M, W)
-        m = {"end": v.shape[1], "middle": v.shape[1] // 2, "front": 0}[self.position]  # how much of it is before the name
-        prompts = [[start, v_c[:m], self.left_over, name[:n], v_c[m:], name[n:], end]
-                   for v_c, (name, n) in zip(v, names)]
-        same = 1 + m if self.v.ndim == 2 else 0                                       # first tokens, the same for all c
-        return common.encode_text(self.clip, prompts, shared=same)
+        """Class features w (C, D). names: per class the embeddings of its name and of the "."."""
+        start, end = common.start_end(self.clip)                        # (1, W) each
+        prompts = []
+        for c, (name, dot) in enumerate(names):                         # (l, W) and (1, W)
+            v = self.v if self.v.ndim == 2 else self.v[c]               # (M, W)
+            half, name = len(v) // 2, torch.cat([self.left_over, name])
+            prompts.append({
+                "end": [start, v, name, dot, end],
+                "middle": [start, v[:half], name, v[half:], dot, end],
+                "front": [start, name, v, dot, end],
+            }[self.position])
+        return common.encode_text(self.clip, prompts)
 
     def class_features(self, classnames):
-        """Class features of any classes, for evaluation: (C, D)."""
-        return self(common.name_tokens(self.clip, classnames))
+        """Class features of any classes, for the test: (C, D)."""
+        return self(common.name_embeddings(self.clip, classnames))
 
 
 def template_words(run, args):
-    """The words before the name in ProGrad's own template, embedded: the learned ones, and the rest.
+    """The embeddings of the words before the name: those that v starts as, and what is left over.
 
-    (m, W) and (k, W). As in the authors' code m is the number of words between spaces. A comma is a
-    token of its own, so that of "a type of pet, a photo of a" the last "a" is not among the first
-    m = 8 tokens: it stays in front of the name, unlearned. The authors refuse more words than there
-    are slots; here the last of them are learned."""
-    text = (args.ctx_init or run.data.prograd_template.split("{}")[0]).strip()
-    tokens, m = common.embed(run.clip, text), len(text.split())
-    return tokens[:m][-args.n_ctx:], tokens[m:]
+    As in the authors' code, as many tokens as there are words between spaces: since a comma is a
+    token too, of "a type of pet, a photo of a" the last "a" stays in front of the name, frozen."""
+    words = args.ctx_init or run.data.prograd_template.split("{}")[0]
+    return common.embed(run.clip, words).tensor_split([len(words.split())])
 
 
 def first_context(run, args):
-    """Where the context starts: the template's words in the last of the M slots, zeros before."""
+    """Where v starts: the template's words at its end, zeros before them."""
+    words = template_words(run, args)[0][-args.n_ctx:]
     copies = [len(run.classnames)] if args.class_specific else []
-    words, _ = template_words(run, args)
     return F.pad(words, (0, 0, args.n_ctx - len(words), 0)).repeat(*copies, 1, 1)
 
 
-def losses(logits, zero_shot, y, temperature=1.0):
+def losses(logits, zero_shot, y, T=1.0):
     """L_d and L_g of a batch. logits and the template's zero_shot logits (B, C), labels y (B)."""
-    p_zs = F.softmax(zero_shot / temperature, -1)
-    log_p = F.log_softmax(logits / temperature, -1)
-    return F.cross_entropy(logits, y), -temperature ** 2 * (p_zs * log_p).sum(-1).mean()
+    p_zs = F.softmax(zero_shot / T, -1)
+    log_p = F.log_softmax(logits / T, -1)
+    return F.cross_entropy(logits, y), -T ** 2 * (p_zs * log_p).sum(-1).mean()
 
 
-def project(g_d, g_g, strength=1.0):
-    """The gradient used, G: G_d without its component against G_g. Returns G and the cosine of the two."""
+def gradients(l_d, l_g, w, v):
+    """G_d and G_g: torch.autograd.grad(l_d, v) and torch.autograd.grad(l_g, v), shaped as v.
+
+    From w on both go back through the text tower, the expensive part, in one batched pass."""
+    dw = [torch.autograd.grad(loss, w, retain_graph=True)[0] for loss in (l_d, l_g)]
+    return torch.autograd.grad(w, v, torch.stack(dw), is_grads_batched=True)[0]
+
+
+def project(g_d, g_g, lambda_=1.0):
+    """G, that is G_d without its component against G_g; and the cosine of G_d and G_g."""
     dot = (g_d * g_g).sum()
-    g = g_d if dot >= 0 else g_d - strength * dot / (g_g * g_g).sum() * g_g
-    return g, dot / (g_d.norm() * g_g.norm()).clamp_min(1e-20)
+    cosine = dot / (g_d.norm() * g_g.norm()).clamp_min(1e-20)
+    if dot >= 0:
+        return g_d, cosine
+    return g_d - lambda_ * dot / (g_g * g_g).sum() * g_g, cosine
 
 
 def train(prompt, run, args):
     """Learns the prompt in place."""
-    clip, names = run.clip, common.name_tokens(run.clip, run.classnames)
+    clip = run.clip
+    names = common.name_embeddings(clip, run.classnames)
     optimizer = torch.optim.SGD(prompt.parameters(), args.lr, momentum=0.9, weight_decay=5e-4)
     epochs = args.epochs or common.default_epochs(run)
-    zero_shot = common.template_features(clip, run.data.prograd_template, run.classnames)  # (C, D)
+    w_zs = common.template_features(clip, run.data.prograd_template, run.classnames)  # (C, D)
     for epoch in common.progress(range(epochs), desc="training", unit="epoch"):
         optimizer.param_groups[0]["lr"] = common.learning_rate(epoch, epochs, args.lr)
-        for f, y in run.batches(epoch):                                               # (B, D), (B)
+        for f, y in run.batches(epoch):                                 # (B, D), (B)
             with clip.autocast():
-                w = prompt(names)                                                     # (C, D), once for the whole batch
-            logits = clip.logit_scale * f @ w.T                                       # (B, C)
-            l_d, l_g = losses(logits, clip.logit_scale * f @ zero_shot.T, y, args.temperature)
-            # Both gradients go through the text tower, the expensive part, in one batched pass.
-            dw = torch.stack([torch.autograd.grad(l, w, retain_graph=True)[0] for l in (l_d, l_g)])  # (2, C, D)
-            g_d, g_g = torch.autograd.grad(w, prompt.v, dw, is_grads_batched=True)[0]
-            prompt.v.grad, cosine = project(g_d, g_g, args.projection)                # in place of loss.backward()
+                w = prompt(names)                                       # (C, D)
+            logits = clip.logit_scale * f @ w.T                         # (B, C)
+            zero_shot = clip.logit_scale * f @ w_zs.T                   # (B, C)
+            l_d, l_g = losses(logits, zero_shot, y, args.temperature)
+            g_d, g_g = gradients(l_d, l_g, w, prompt.v)
+            prompt.v.grad, cosine = project(g_d, g_g, args.projection)
             optimizer.step()
             run.log(epoch, loss=l_d, general_loss=l_g, cosine=cosine, conflicts=cosine < 0)
 
@@ -115,17 +144,21 @@ def main():
     parser = common.flags(__doc__, lr=0.002, batch_size=32, n_ctx=16)
     parser.add_argument("--ctx-init", type=common.words, default="", metavar="WORDS",
                         help="start from these words (those of the data set's template)")
-    parser.add_argument("--class-specific", action="store_true", help="learn one context per class instead of one for all")
+    parser.add_argument("--class-specific", action="store_true",
+                        help="learn one context per class instead of one for all")
     parser.add_argument("--position", choices=["end", "middle", "front"], default="end",
                         help="where the class name stands (end)")
-    parser.add_argument("--projection", type=common.number(low_ok=True), default=1.0, metavar="LAMBDA",
-                        help="how much of a conflict is taken out (1)")
-    parser.add_argument("--temperature", type=common.number(), default=1.0, metavar="T", help="of the general loss (1)")
+    parser.add_argument("--projection", type=common.number(low_ok=True), default=1.0,
+                        metavar="LAMBDA", help="how much of a conflict is taken out (1)")
+    parser.add_argument("--temperature", type=common.number(), default=1.0, metavar="T",
+                        help="of the general loss (1)")
     args = common.parse(parser)
     for run in common.runs(__file__, args):
-        _, left_over = template_words(run, args)
-        prompt = Prompt(run.clip, first_context(run, args), args.position, left_over)
-        if not run.load(prompt):
+        prompt = Prompt(run.clip, first_context(run, args), args.position,
+                        left_over=template_words(run, args)[1])
+        if args.load:
+            run.load(prompt)
+        else:
             train(prompt, run, args)
         run.finish(prompt)
         print("  nearest words:", common.nearest_words(run.clip, prompt.v))

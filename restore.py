@@ -1,192 +1,209 @@
 """RESTORE: learn prompts in both towers, and keep the two towers' features moving together.
 
-Paper: Yang, Zhang, Yang, Gao, Qin, Li, Sun, Yang, Gu, "RESTORE: Towards Feature Shift for Vision-Language Prompt Learning",
-2024, arXiv 2403.06136.
+Paper: Yang, Zhang, Yang, Gao, Qin, Li, Sun, Yang, Gu, "RESTORE: Towards Feature Shift for
+Vision-Language Prompt Learning", 2024, arXiv 2403.06136.
 
-Prompts that are learned in one tower alone move its features away from the other tower's, and what CLIP's pre-training
-aligned falls apart: new classes suffer. RESTORE measures that movement, the feature shift, and keeps it equal in both.
+Prompts that are learned in one tower alone move its features away from the other tower's, and what
+CLIP's pre-training aligned falls apart: new classes suffer. RESTORE measures that movement, the
+feature shift, and keeps it equal in both towers. CLIP itself stays frozen.
 
-    w_c     = g([start, words, name_c, ".", end]),  f(x)         the towers, prompts inside    -> Prompt.encode_...
-    shift_l = mean |h_l - h_l^0| / |h_l^0|                       feature shift at block l      -> feature_shift
-    L_fs    = mean_l (shift_v,l - shift_t,l)^2                   shift consistency             -> consistency
-    A(z)    = z + MLP(LN(z)),  z' = b A(z) + (1 - b) z           surgery of z = w_c or f(x)    -> Surgery, operate
-    b      += eta shift,  once, after a third of the epochs      eta 0.02 text, 0.005 vision   -> Prompt.raise_blends
-    p(c|x)  = softmax_c(tau f'(x) . w'_c)                        CLIP's own classifier         -> train
-    L       = -log p(y|x) + gamma L_fs                           cross-entropy, consistency    -> train
+The towers, with n prompt tokens put into each of their first D blocks
+    X_0 = [start, "a photo of a", name_c, ".", end] + positions
+    X_l = text block l of [start, P_l, what follows token n in X_(l-1)]           Prompt.encode_text
+    Y_0 = [class token, patches of the image] + positions
+    Y_l = vision block l of [Y_(l-1) less its prompt tokens, Q_l]                 Prompt.encode_image
+    t_c = text feature of X at the end token,  i(x) = image feature of Y at the class token
 
-    f, g    CLIP's image and text tower, frozen, and n prompt tokens in each of their first D blocks, learned: in the text
-            tower where words 1..n stood, in the vision tower behind the patches; what the block before made of its own is dropped
-    h_l     the state of the token that a tower reads its feature from (class token, end token) after block l, h_l^0 the
-            same without prompts; the mean is over the classes (text) or the batch's images (vision); towers of different
-            depth are paired at their last blocks; the shift that b grows by is the mean over blocks in that epoch
-    w', f'  after the surgery, and only then of length 1; the blend b is 0.1 at the start; tau is CLIP's logit scale; gamma a weight (10)
+The loss
+    shift_l = mean of |h_l - h_l^0| / |h_l^0|               feature shift         feature_shift
+    L_fs    = mean_l (shift_l^vision - shift_l^text)^2      consistency           consistency
+    A(z)    = z + W2 QuickGELU(W1 LN(z))                    surgery block         Surgery
+    w_c     = b A(t_c) + (1 - b) t_c, then length 1         one A, b per tower    Prompt.operate
+    f(x)    = b A(i(x)) + (1 - b) i(x), then length 1       another A and b       Prompt.operate
+    p(c|x)  = softmax_c(tau f(x) . w_c)                     CLIP's classifier     train
+    L       = -log p(y|x), mean over a batch, + gamma L_fs                        train
 
-The paper learns the two towers' prompts independently. The authors' released code computes the visual ones from the text
-ones by a linear layer per block (--prompts coupled) and takes the prompts' Gram norm |P^T P|_F over its value at the start
-for the shift (--shift gram --shift-weight 1, summed over the blocks from the second on). Both are here; the paper's are the
-defaults. gamma was chosen on validation images of `shapes`, base to new, 16 shots, among 1, 3, 10, 30, 100 (3 did alike).
+    P_l, Q_l the prompts, learned: n = 2 vectors per block, as wide as the text tower's (vision
+             tower's) states; P_1 starts as the first n of the words "a photo of a", all others as
+             noise, N(0, 0.02^2). Only P_1 gets positions: it stands where these words stood. The
+             words that are not replaced stay
+    A, b     learned, and a number: A (its LN, W1, W2) starts as the identity, b as 0.1
+    h_l      a token's state after block l: the end token's (mean over the C classes) or the class
+             token's (mean over the batch), h_l^0 the same without prompts. Towers of different
+             depth are paired at their last blocks
+    tau      CLIP's logit scale (100 in OpenAI's models); gamma the consistency's weight
 
-Try first:  python restore.py --base-to-new             compare the new classes with coop.py's
-            python restore.py --shift-weight 0 --blend 0            neither consistency nor surgery: plain prompts (IVLP)
-            python restore.py --towers text --shift-weight 0 --blend 0      one tower alone: where the gap opens
+What stops both shifts from growing alike, which L_fs would allow? The surgery: where features have
+moved, more of them goes through A. After a third of the epochs, once, b grows by 0.02 (text) or
+0.005 (vision) times the shift of that epoch (mean over the blocks). Once, because the paper sets it
+by the shift that the training arrives at, not by what it passes through.
+
+The update, once for each batch, with G = dL/d of every learned number v
+    u <- 0.9 u + G + 0.0005 v,  v <- v - r u                    SGD: momentum, weight decay
+    r = 1e-5 in the first epoch, e = 0; then lr (1 + cos(pi (e - 1) / E)) / 2 of e = 1, ..., E - 1
+    with lr = 0.0035 and E = 10 epochs
+    A batch is 4 of the training images, in random order; what is left over at the end of an epoch
+    is not used. An image is one of ten random crops of it, the same ten all the time, and one of
+    the ten is drawn whenever the image is used (--views 0: a new crop every time).
+
+The test: argmax_c f(x) . w_c, for images resized as CLIP itself does, without a random crop.
+
+The authors' released code differs from their paper; it stands at the end of this file.
+
+Try first:  python restore.py --base-to-new                         compare with coop.py's
+            python restore.py --shift-weight 0 --blend 0            plain prompts (IVLP)
+            python restore.py --towers text --shift-weight 0 --blend 0      one tower alone
 """
+
+import common  # first: Ctrl-C while the libraries load ends in one line
 
 import torch
 import torch.nn.functional as F
 
-import common
-
 
 class Surgery(torch.nn.Module):
-    """A(z) = z + MLP(LN(z)) on features z (N, D)."""
+    """A(z) = z + W2 QuickGELU(W1 LN(z)) of features z (N, D)."""
 
     def __init__(self, dim):
         super().__init__()
         self.norm = torch.nn.LayerNorm(dim)
         self.up, self.down = torch.nn.Linear(dim, 4 * dim), torch.nn.Linear(4 * dim, dim)
-        torch.nn.init.zeros_(self.down.weight)                                        # so that A(z) = z at the start
+        torch.nn.init.zeros_(self.down.weight)      # so that A(z) = z at the start
         torch.nn.init.zeros_(self.down.bias)
 
     def forward(self, z):
         h = self.up(self.norm(z))
-        return z + self.down(h * torch.sigmoid(1.702 * h))                            # QuickGELU
+        return z + self.down(h * torch.sigmoid(1.702 * h))
 
 
 class Prompt(torch.nn.Module):
-    """The learned prompts of both towers, the surgery blocks and their blends b (text, vision)."""
+    """The learned prompts P and Q, and the surgery blocks of both towers with their blends b."""
 
     def __init__(self, clip, args):
         super().__init__()
-        self.clip, self.shift, self.words = clip, args.shift, common.embed(clip, args.ctx_init)  # (words, W_t)
-        tower, n = clip.model.visual, args.n_ctx
-        if not hasattr(tower, "class_embedding") or not hasattr(tower, "ln_pre"):
-            raise common.Problem("--backbone: RESTORE's prompts go into the blocks of a vision transformer (try ViT-B-16)")
-        if n > len(self.words) and args.towers != "vision":
-            raise common.Problem(f"--n-ctx {n}: the prompts replace words of --ctx-init, which has {len(self.words)} tokens")
-        depth = min(args.depth, len(clip.text.transformer.resblocks), len(tower.transformer.resblocks))
-        if depth < args.depth:
-            print(f"--depth {args.depth}: the towers have {depth} blocks in common, so {depth}")
-            args.depth = depth
-        noise = lambda *shape: 0.02 * torch.randn(*shape, device=clip.device)
-        width_t, width_v = self.words.shape[1], len(tower.class_embedding)
-        text = [self.words[:n].clone()] + [noise(n, width_t) for _ in range(depth - 1)]
-        self.text_prompts = torch.nn.ParameterList(text if args.towers != "vision" else [])  # D of (n, W_t)
-        if args.prompts == "coupled":
-            self.projections = torch.nn.ModuleList(torch.nn.Linear(width_t, width_v) for _ in range(depth))
-        else:
-            visual = [noise(n, width_v) for _ in range(depth)] if args.towers != "text" else []
-            self.visual_prompts = torch.nn.ParameterList(visual)                      # D of (n, W_v)
-        self.register_buffer("blend", torch.tensor(args.blend).expand(2).clone())    # (text, vision)
-        if self.blend.any():
-            self.text_surgery, self.visual_surgery = Surgery(tower.output_dim), Surgery(tower.output_dim)
+        self.clip = clip
+        self.words = common.embed(clip, args.ctx_init)                      # (words, W_t)
+        n, width_t, width_v = args.n_ctx, self.words.shape[1], clip.model.visual.conv1.out_channels
+        noise = lambda width: 0.02 * torch.randn(n, width, device=clip.device)
+        text = [self.words[:n].clone()] + [noise(width_t) for _ in range(args.depth - 1)]
+        visual = [noise(width_v) for _ in range(args.depth)]
+        self.text_prompts = torch.nn.ParameterList(text if args.towers != "vision" else [])
+        self.visual_prompts = torch.nn.ParameterList(visual if args.towers != "text" else [])
+        b = torch.tensor(args.blend).expand(2).clone()                      # (text, vision)
+        self.register_buffer("blend", b)
+        dim = clip.model.visual.output_dim
+        self.text_surgery = Surgery(dim) if b[0] else None
+        self.visual_surgery = Surgery(dim) if b[1] else None
         self.to(clip.device)
-        self.gram_at_start = [g.detach() for g in self.gram()]
+
+    def text(self):
+        """P: D of (n, W_t)."""
+        return list(self.text_prompts)
 
     def visual(self):
-        """The vision tower's prompts, D of (n, W_v)."""
-        if hasattr(self, "projections"):
-            return [project(p) for project, p in zip(self.projections, self.text_prompts)]
+        """Q: D of (n, W_v)."""
         return list(self.visual_prompts)
 
     def encode_text(self, names, prompts):
-        """Class features (C, D) and the end token's state after every block (C, blocks, W_t), through open_clip's blocks."""
+        """t_c (C, D) and the end token's state after every block (C, blocks, W_t)."""
         text, (start, end) = self.clip.text, common.start_end(self.clip)
 
         def encode(rows):
-            x, last = common.pad(rows)                                                # (C, L, W_t), (C,)
-            position, each, states = text.positional_embedding[:x.shape[1]], torch.arange(len(x)), []
+            x, last = common.pad(rows)                                      # (C, L, W_t), (C,)
+            each, length, states = torch.arange(len(x)), x.shape[1], []
+            position = text.positional_embedding[:length]
             x = x + position
-            for i, block in enumerate(text.transformer.resblocks):
-                if i < len(prompts):
-                    p = prompts[i] + position[1:1 + len(prompts[i])] if i == 0 else prompts[i]
-                    x = torch.cat([x[:, :1], p.expand(len(x), -1, -1).to(x.dtype), x[:, 1 + len(p):]], 1)
-                x = block(x, attn_mask=text.attn_mask[:x.shape[1], :x.shape[1]])
-                states.append(x[each, last])                                          # (C, W_t)
+            for l, block in enumerate(text.transformer.resblocks):
+                if l < len(prompts):
+                    p = prompts[l] if l else prompts[l] + position[1:1 + len(prompts[l])]
+                    p = p.expand(len(x), -1, -1).to(x.dtype)                # (C, n, W_t)
+                    x = torch.cat([x[:, :1], p, x[:, 1 + p.shape[1]:]], 1)
+                x = block(x, attn_mask=text.attn_mask[:length, :length])
+                states.append(x[each, last])                                # (C, W_t)
             return common.text_feature(text, states[-1]), torch.stack(states, 1)
 
-        rows = [[start, self.words, name, end] for name, _ in names]
+        rows = [[start, self.words, name, dot, end] for name, dot in names]
         common.check_length(self.clip, rows)
         return common.in_chunks(self.clip, encode, rows)
 
     def encode_image(self, pixels, prompts):
-        """Image features (B, D) and the class token's state after every block (B, blocks, W_v). pixels (B, 3, H, W)."""
-        visual, states = self.clip.model.visual, []
-        x = visual.conv1(pixels).flatten(2).transpose(1, 2)                           # (B, patches, W_v)
-        x = torch.cat([visual.class_embedding.expand(len(x), 1, -1).to(x.dtype), x], 1) + visual.positional_embedding
-        end = x.shape[1]
-        for i, block in enumerate(visual.transformer.resblocks):
-            if i < len(prompts):
-                x = torch.cat([x[:, :end], prompts[i].expand(len(x), -1, -1).to(x.dtype)], 1)
-            x = block(visual.ln_pre(x) if i == 0 else x)
-            states.append(x[:, 0])                                                    # (B, W_v)
-        f = visual._pool(x[:, :end])[0] @ visual.proj
-        return f, torch.stack(states, 1)
+        """i(x) (B, D) and the class token's state after every block (B, blocks, W_v).
 
-    def operate(self, z, tower):
-        """The surgery block: z' = b A(z) + (1 - b) z, of length 1. z (N, D)."""
-        if hasattr(self, f"{tower}_surgery"):
-            b = self.blend[0 if tower == "text" else 1]
-            z = b * getattr(self, f"{tower}_surgery")(z) + (1 - b) * z
+        pixels (B, 3, H, W)."""
+        tower, states = self.clip.model.visual, []
+        x = tower.conv1(pixels).flatten(2).transpose(1, 2)                  # (B, patches, W_v)
+        first = tower.class_embedding.expand(len(x), 1, -1).to(x.dtype)
+        x = torch.cat([first, x], 1) + tower.positional_embedding
+        own = x.shape[1]                                                    # tokens but prompts
+        for l, block in enumerate(tower.transformer.resblocks):
+            if l < len(prompts):
+                q = prompts[l].expand(len(x), -1, -1).to(x.dtype)           # (B, n, W_v)
+                x = torch.cat([x[:, :own], q], 1)
+            x = block(x if l else tower.ln_pre(x))
+            states.append(x[:, 0])                                          # (B, W_v)
+        return tower.ln_post(states[-1]) @ tower.proj, torch.stack(states, 1)
+
+    def operate(self, z, surgery, b):
+        """b A(z) + (1 - b) z, of length 1. z (N, D)."""
+        z = b * surgery(z) + (1 - b) * z if surgery else z
         return F.normalize(z.float(), dim=-1)
 
+    def operate_text(self, t):
+        return self.operate(t, self.text_surgery, self.blend[0])
+
+    def operate_image(self, i):
+        return self.operate(i, self.visual_surgery, self.blend[1])
+
     def class_features(self, classnames):
-        """Class features of any classes, for evaluation: (C, D)."""
-        return self.operate(self.encode_text(common.name_tokens(self.clip, classnames), self.text_prompts)[0], "text")
+        """w_c of any classes, for the test: (C, D)."""
+        names = common.name_embeddings(self.clip, classnames)
+        return self.operate_text(self.encode_text(names, self.text())[0])
 
     def image_features(self, pixels):
-        """Image features with the prompts in the tower, for evaluation: (B, D)."""
-        return self.operate(self.encode_image(pixels, self.visual())[0], "visual")
+        """f(x), for the test: (B, D)."""
+        return self.operate_image(self.encode_image(pixels, self.visual())[0])
 
-    def gram(self):
-        """|P^T P|_F (= |P P^T|_F) of the prompts of blocks 2..D, or of the only one: (D - 1) for text, (D - 1) for vision."""
-        towers = [list(prompts)[1:] or list(prompts) for prompts in (self.text_prompts, self.visual())]
-        return [torch.stack([(p @ p.T).norm() for p in tower]) if tower else torch.zeros(1) for tower in towers]
+    def consistency(self, shift_t, shift_v):
+        """L_fs of the shifts of both towers, (blocks_t,) and (blocks_v,)."""
+        m = min(len(shift_t), len(shift_v))
+        return (shift_v[-m:] - shift_t[-m:]).square().mean()
 
     @torch.no_grad()
-    def raise_blends(self, shifts):
-        """Once in the training: each tower's blend grows with its shift (text, vision), so that more is operated on.
-
-        The released code takes the Gram norm itself here, not over its value at the start."""
-        if self.shift == "gram":
-            shifts = [g.mean() for g in self.gram()]
-        self.blend += self.blend.new_tensor([0.02 * float(shifts[0]), 0.005 * float(shifts[1])])
+    def raise_blends(self, shift_t, shift_v):
+        """b grows by the shift, (blocks,) of each tower, so that more is operated on."""
+        self.blend += torch.stack([0.02 * shift_t.mean(), 0.005 * shift_v.mean()]).to(self.blend)
 
 
 def feature_shift(states, frozen):
-    """Per block the norm of the change over the norm of the frozen state, mean over the batch: (N, blocks, W) -> (blocks)."""
-    return ((states.float() - frozen.float()).norm(dim=-1) / frozen.float().norm(dim=-1)).mean(0)
-
-
-def consistency(prompt, shift_t, shift_v):
-    """L_fs of the two towers' shifts (blocks_t), (blocks_v), paired at their last blocks; or the released code's."""
-    if prompt.shift == "gram":
-        text, vision = (g / start for g, start in zip(prompt.gram(), prompt.gram_at_start))
-        return (text - vision).square().sum()
-    m = min(len(shift_t), len(shift_v))
-    return (shift_v[-m:] - shift_t[-m:]).square().mean()
+    """shift_l for all l, from (N, blocks, W) with prompts and without: (blocks,)."""
+    change = (states.float() - frozen.float()).norm(dim=-1)                 # (N, blocks)
+    return (change / frozen.float().norm(dim=-1)).mean(0)
 
 
 @torch.no_grad()
 def frozen_states(prompt, run, views=None):
-    """What the shift is measured from: the classes' states without prompts (C, blocks, W_t), and those of the training
-    images, (N, blocks, W_v), or of their augmented `views`, (N, V, blocks, W_v)."""
+    """h^0 of the classes (C, blocks, W_t), and of the training images, (N, blocks, W_v), or of
+    augmented `views` of them, (N, V, blocks, W_v)."""
     clip = run.clip
     with clip.autocast():
-        text = prompt.encode_text(common.name_tokens(clip, run.classnames), [])[1]
-    flat = lambda pixels: prompt.encode_image(pixels, [])[1].flatten(1)
-    keep = run.args.cache if run.args.views else None                                 # new views every epoch: not worth it
-    vision = common.encode_images(clip, run.items, keep, views, flat, "states of all blocks")
+        text = prompt.encode_text(common.name_embeddings(clip, run.classnames), [])[1]
+    states = lambda pixels: prompt.encode_image(pixels, [])[1].flatten(1)
+    cache = run.args.cache if run.args.views else None      # new views every epoch: not worth it
+    vision = common.encode_images(clip, run.items, cache, views, states, "states of all blocks")
     return text, vision.unflatten(-1, (len(clip.model.visual.transformer.resblocks), -1))
 
 
 @torch.no_grad()
 def measure(prompt, run):
-    """The paper's diagnostic, on the training images as they are: shift per block of both towers, and the gap between."""
-    clip, (text_0, vision_0) = run.clip, frozen_states(prompt, run)
+    """The paper's diagnostic, on the training images as they are: both towers' shift by block, and
+    the mean gap between them."""
+    clip = run.clip
+    text_0, vision_0 = frozen_states(prompt, run)
     with clip.autocast():
-        text = prompt.encode_text(common.name_tokens(clip, run.classnames), prompt.text_prompts)[1]
-    flat = lambda pixels: prompt.encode_image(pixels, prompt.visual())[1].flatten(1)
-    vision = common.encode_images(clip, run.items, None, None, flat).view_as(vision_0)
+        names = common.name_embeddings(clip, run.classnames)
+        text = prompt.encode_text(names, prompt.text())[1]
+    states = lambda pixels: prompt.encode_image(pixels, prompt.visual())[1].flatten(1)
+    vision = common.encode_images(clip, run.items, None, None, states).view_as(vision_0)
     shift_t, shift_v = feature_shift(text, text_0), feature_shift(vision, vision_0)
     m = min(len(shift_t), len(shift_v))
     gap = (shift_v[-m:] - shift_t[-m:]).abs().mean()
@@ -195,69 +212,132 @@ def measure(prompt, run):
 
 def train(prompt, run, args):
     """Learns the prompt in place."""
-    clip, names = run.clip, common.name_tokens(run.clip, run.classnames)
+    clip = run.clip
+    names = common.name_embeddings(clip, run.classnames)
     optimizer = torch.optim.SGD(prompt.parameters(), args.lr, momentum=0.9, weight_decay=5e-4)
     epochs = args.epochs or 10
-    text_0, vision_0 = frozen_states(prompt, run, run.views(0))                       # (C, blocks, W_t), (N, V, blocks, W_v)
+    text_0, vision_0 = frozen_states(prompt, run, run.views(0))
     for epoch in common.progress(range(epochs), desc="training", unit="epoch"):
         optimizer.param_groups[0]["lr"] = common.learning_rate(epoch, epochs, args.lr)
         if epoch and not args.views:
             vision_0 = frozen_states(prompt, run, run.views(epoch))[1]
-        for pixels, y, images, views in run.pixel_batches(epoch):                     # (B, 3, H, W), (B), (B), (B)
+        for pixels, y, images, views in run.pixel_batches(epoch):   # (B, 3, H, W), 3 times (B,)
             with clip.autocast():
-                w, text = prompt.encode_text(names, prompt.text_prompts)              # (C, D), (C, blocks, W_t)
-                f, vision = prompt.encode_image(pixels, prompt.visual())              # (B, D), (B, blocks, W_v)
-                w, f = prompt.operate(w, "text"), prompt.operate(f, "visual")
-            logits = clip.logit_scale * f @ w.T                                       # (B, C)
-            shift_t, shift_v = feature_shift(text, text_0), feature_shift(vision, vision_0[images, views])
-            l_fs = consistency(prompt, shift_t, shift_v)
+                t, text = prompt.encode_text(names, prompt.text())          # (C, D), states
+                i, vision = prompt.encode_image(pixels, prompt.visual())    # (B, D), states
+                w, f = prompt.operate_text(t), prompt.operate_image(i)
+            logits = clip.logit_scale * f @ w.T                             # (B, C)
+            shift_t = feature_shift(text, text_0)                           # (blocks_t,)
+            shift_v = feature_shift(vision, vision_0[images, views])        # (blocks_v,)
+            l_fs = prompt.consistency(shift_t, shift_v)
             loss = F.cross_entropy(logits, y) + args.shift_weight * l_fs
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             run.log(epoch, loss=loss, consistency=l_fs, shift_text=shift_t, shift_vision=shift_v)
-        if prompt.blend.any() and epoch == epochs // 3:  # after the fourth of ten epochs, as released
-            shifts = [run.history()[tower][-1] for tower in ("shift_text", "shift_vision")]  # this epoch's, by block
-            prompt.raise_blends([sum(shift) / len(shift) for shift in shifts])
+        if epoch == epochs // 3:                                # after the fourth of ten epochs
+            history = run.history()
+            last = (torch.tensor(history[name][-1]) for name in ("shift_text", "shift_vision"))
+            prompt.raise_blends(*last)
+
+
+class Released(Prompt):
+    """What the authors' released code does where it differs from their paper.
+
+    --prompts coupled: visual prompts are made from the text ones, Q_l = P_l W_l + c_l, with W_l and
+    c_l learned. --shift gram: the shift is the Gram norm |P_l P_l^T|_F over what it was at the
+    start, L_fs a sum over the blocks from the second on, and b grows by the Gram norm itself."""
+
+    def __init__(self, clip, args):
+        super().__init__(clip, args)
+        self.gram = args.shift == "gram"
+        if args.prompts == "coupled":
+            (n, width_t), (n, width_v) = self.text_prompts[0].shape, self.visual_prompts[0].shape
+            del self.visual_prompts
+            self.projections = torch.nn.ModuleList(
+                torch.nn.Linear(width_t, width_v, device=clip.device) for _ in self.text_prompts)
+        self.gram_at_start = [norms.detach() for norms in self.gram_norms()]
+
+    def visual(self):
+        if hasattr(self, "projections"):
+            return [project(p) for project, p in zip(self.projections, self.text_prompts)]
+        return super().visual()
+
+    def gram_norms(self):
+        """|P P^T|_F of blocks 2..D (or of the only one): (D - 1,) for text, (D - 1,) for vision."""
+        towers = [prompts[1:] or prompts for prompts in (self.text(), self.visual())]
+        return [torch.stack([(p @ p.T).norm() for p in tower]) for tower in towers]
+
+    def consistency(self, shift_t, shift_v):
+        if not self.gram:
+            return super().consistency(shift_t, shift_v)
+        text, vision = (g / start for g, start in zip(self.gram_norms(), self.gram_at_start))
+        return (text - vision).square().sum()
+
+    def raise_blends(self, shift_t, shift_v):
+        super().raise_blends(*(self.gram_norms() if self.gram else (shift_t, shift_v)))
 
 
 def blends(text):
-    """An argparse type: one number for both towers' surgery, or the text's and the vision's."""
+    """An argparse type: one blend for both towers, or the text's and the vision's."""
     both = common.several(common.number(low_ok=True))(text)
     if len(both) > 2:
         raise common.Problem(f"--blend {text}: wants one number, or the text's and the vision's")
     return both if len(both) == 2 else both[0]
 
 
+def check(clip, args):
+    """Raises Problem where the prompts do not fit into this CLIP; cuts --depth to its blocks."""
+    tower = clip.model.visual
+    if getattr(tower, "pool_type", None) != "tok" or tower.attn_pool is not None:
+        raise common.Problem("--backbone: RESTORE's prompts go into a vision transformer that is "
+                             "read at its class token (try ViT-B-16)")
+    words = len(common.tokenize(clip, args.ctx_init))
+    if args.n_ctx > words and args.towers != "vision":
+        raise common.Problem(f"--n-ctx {args.n_ctx}: the prompts replace words of --ctx-init, "
+                             f"which has {words} tokens")
+    blocks = min(len(t.transformer.resblocks) for t in (clip.text, tower))
+    if args.depth > blocks:
+        print(f"--depth {args.depth}: the towers have {blocks} blocks in common, so {blocks}")
+        args.depth = blocks
+
+
 def main():
     parser = common.flags(__doc__, lr=0.0035, batch_size=4, n_ctx=2)
     parser.add_argument("--ctx-init", type=common.words, default="a photo of a", metavar="WORDS",
-                        help="stand before the name; the first --n-ctx are learned (a photo of a)")
+                        help="stand before the name; --n-ctx of them are learned (a photo of a)")
     parser.add_argument("--depth", type=common.number(int, 1, low_ok=True), default=9, metavar="D",
                         help="blocks with prompts, from the first (9)")
+    parser.add_argument("--towers", choices=["both", "text", "vision"], default="both",
+                        help="where prompts are learned (both)")
     parser.add_argument("--prompts", choices=["independent", "coupled"], default="independent",
-                        help="visual prompts of their own, or made from the text ones (independent)")
-    parser.add_argument("--towers", choices=["both", "text", "vision"], default="both", help="where prompts are learned (both)")
+                        help="visual prompts of their own, or made from the text's (independent)")
     parser.add_argument("--shift", choices=["features", "gram"], default="features",
                         help="measured on features, or the released code's stand-in (features)")
-    parser.add_argument("--shift-weight", type=common.number(low_ok=True), default=10.0, metavar="GAMMA",
-                        help="of the consistency loss; 0: off (10)")
+    parser.add_argument("--shift-weight", type=common.number(low_ok=True), default=10.0,
+                        metavar="GAMMA", help="of the consistency loss; 0: off (10)")
     parser.add_argument("--blend", type=blends, default=0.1, metavar="B[,B]",
-                        help="of the surgery blocks at the start, or text's,vision's; 0: none (0.1)")
+                        help="of the surgery at the start, or text's,vision's; 0: none (0.1)")
     args = common.parse(parser)
-    if args.towers != "both" and (args.prompts == "coupled" or args.shift == "gram"):
-        raise common.Problem(f"--prompts coupled and --shift gram need prompts in both towers, not --towers {args.towers}")
-    for run in common.runs(__file__, args):
-        prompt = Prompt(run.clip, args)
-        before = measure(prompt, run) if run.items else {}                            # a data set for testing has none
-        if not run.load(prompt):
+    released = args.prompts == "coupled" or args.shift == "gram"
+    if released and args.towers != "both":
+        raise common.Problem("--prompts coupled and --shift gram need prompts in both towers, "
+                             f"not --towers {args.towers}")
+    for run in common.runs(__file__, args, features=False):
+        check(run.clip, args)
+        prompt = (Released if released else Prompt)(run.clip, args)
+        before = measure(prompt, run) if run.items else {}      # a data set for testing has none
+        if args.load:
+            run.load(prompt)
+        else:
             train(prompt, run, args)
         after = measure(prompt, run) if run.items else {}
         run.finish(prompt, shift_before=before, shift_after=after)
-        for name, shift in (("before", before), ("after", after)):
-            for tower in [key for key in shift if key != "gap"]:
-                print(f"  shift {name:>6}, {tower:<6}", *(f"{value:6.3f}" for value in shift[tower]),
-                      f"  gap {shift['gap']:.3f}" if tower == "text" else "")
+        for when, shift in (("before", before), ("after", after)):
+            for tower in ("text", "vision") if shift else ():
+                print(f"  shift by block {when:>6}, {tower:<6}",
+                      *(f"{value:6.3f}" for value in shift[tower]),
+                      f"  mean gap {shift['gap']:.3f}" if tower == "text" else "")
 
 
 if __name__ == "__main__":

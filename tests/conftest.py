@@ -24,13 +24,15 @@ def root(tmp_path_factory):
 
 @pytest.fixture
 def cli(root, tmp_path, monkeypatch, capfd):
-    """Runs a script's main() as `python METHOD.py FLAGS`; returns status, out, err and the records it wrote."""
+    """Runs a script's main() as `python METHOD.py FLAGS`; returns status, out, err and the records it wrote.
 
-    def run(method, *flags, **given):
+    With `keep`, those of runs before stay in --out."""
+
+    def run(method, *flags, keep=False, **given):
         values = {"data-root": root, "cache": root / "cache", "out": tmp_path / "results.jsonl", **{k.replace("_", "-"): v for k, v in given.items()}}
         argv = [f"{method}.py", *map(str, flags), *(str(x) for k, v in values.items() for x in (f"--{k}", v))]
         monkeypatch.setattr(sys, "argv", argv)
-        if Path(values["out"]).is_file():
+        if Path(values["out"]).is_file() and not keep:
             Path(values["out"]).unlink()
         status = 0
         try:

@@ -1,4 +1,4 @@
-"""Few-shot samples, class halves, class features, the image cache, the schedule."""
+"""Few-shot samples, class halves, class features, the schedule."""
 
 import json
 import os
@@ -7,14 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import made_up_pictures
-from PIL import Image
 
 import common
 import coop
 import prograd
 from data.files import Item
-from data.results import append_line
+from data.records import append_line
 
 PUBLISHED = json.loads((Path(__file__).parent / "few_shot.json").read_text())
 
@@ -111,50 +109,6 @@ def test_a_name_that_does_not_fit_is_named(tiny):
         common.template_features(tiny, "a photo of a {}.", ["endless " * 80])
     with pytest.raises(common.Problem, match="n-ctx"):
         coop.Prompt(tiny, torch.zeros(76, 80)).class_features(["arrow"])
-
-
-def encoded(clip, monkeypatch, *args):
-    """The features, and whether the image tower was used for them."""
-    calls, original = [], clip.model.encode_image
-    with monkeypatch.context() as m:
-        m.setattr(clip.model, "encode_image", lambda x: calls.append(1) or original(x))
-        return common.encode_images(clip, *args), bool(calls)
-
-
-def test_image_features_are_clips_own(tiny, tmp_path):
-    paths = made_up_pictures(tmp_path / "a", 3)
-    expected = [tiny.model.encode_image(tiny.preprocess(Image.open(path))[None], normalize=True)[0] for path in paths]
-    found = common.encode_images(tiny, [Item(path, 0, "") for path in paths], None)
-    assert (found - torch.stack(expected)).abs().max() < 1e-5
-
-
-@pytest.mark.parametrize("views", [None, [0, 1, 2]])
-def test_cache_is_used_and_a_changed_or_damaged_file_is_noticed(tiny, tmp_path, monkeypatch, views):
-    items = [Item(path, 0, "") for path in made_up_pictures(tmp_path / "a", 3)]
-    cache = tmp_path / "cache"
-    first, computed = encoded(tiny, monkeypatch, items, cache, views)
-    assert computed and first.shape == ((3, 128) if views is None else (3, 3, 128))
-    again, computed = encoded(tiny, monkeypatch, items, cache, views)
-    assert not computed and torch.equal(first, again)
-
-    (file,) = cache.iterdir()
-    for damage in (lambda b: b[:-5], lambda b: b[:-5] + bytes([b[-5] ^ 1]) + b[-4:], lambda b: b"", lambda b: b"\0" * len(b)):
-        file.write_bytes(damage(file.read_bytes()))
-        again, computed = encoded(tiny, monkeypatch, items, cache, views)
-        assert computed and torch.equal(first, again)
-        assert not encoded(tiny, monkeypatch, items, cache, views)[1]
-
-    made_up_pictures(tmp_path / "a", 1, seed=7)
-    changed, computed = encoded(tiny, monkeypatch, items, cache, views)
-    assert computed and not torch.equal(first[0], changed[0]) and torch.equal(first[1:], changed[1:])
-    assert not [p for p in cache.iterdir() if p.suffix != ".safetensors"]
-
-
-def test_views_do_not_depend_on_the_place_or_company_of_a_picture(tiny, tmp_path):
-    a, b = (made_up_pictures(tmp_path / place / "a", 3) for place in ("here", "there"))
-    here = common.encode_images(tiny, [Item(path, 0, "") for path in a], None, [0, 1])
-    there = common.encode_images(tiny, [Item(b[2], 0, "")], None, [1])
-    assert torch.allclose(here[2, 1], there[0, 0], atol=1e-6) and not torch.allclose(here[:, 0], here[:, 1], atol=1e-3)
 
 
 def test_lines_are_added_whole(tmp_path):

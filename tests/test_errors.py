@@ -1,16 +1,11 @@
 """What goes wrong, and what the user then sees: one line on stderr, status 2, nothing half-written."""
 
-import resource
-import signal
-
 import pytest
 from conftest import made_up_pictures
 
 import common
 import coop
-from data import images
 from data.files import CATALOGUE
-from data.images import read_cache
 
 
 def refused(run, *words):
@@ -90,34 +85,12 @@ def test_loading_what_is_not_a_prompt(cli, tmp_path):
     refused(cli("coop", load=tmp_path), str(tmp_path))
 
 
-def test_a_disk_that_is_too_small(cli, tmp_path):
-    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
-    old = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (50000, limit[1]))
-    try:
-        run = cli("coop", "--epochs", 1, "--views", 1, cache=tmp_path / "cache")
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
-        signal.signal(signal.SIGXFSZ, old)
-    refused(run)
-    assert all(read_cache(file) is not None for file in (tmp_path / "cache").iterdir())  # what fitted, and no pieces
-
-
 @pytest.mark.parametrize("content", [b"123\n{}\n[1]\n{broken", b'{"method": "coop", "dataset": "a", "backbone": "b", "protocol": "123", "shots": 1, "seed": 1, "changed": {}, "transfer": {}}', b"\xff\xfe\x00"])
 def test_result_files_with_other_lines(tmp_path, content, monkeypatch, capsys):
     (tmp_path / "r.jsonl").write_bytes(content)
     monkeypatch.setattr("sys.argv", ["common.py", str(tmp_path / "r.jsonl")])
     with pytest.raises(common.Problem, match="no line of results" if b"123" in content else "result lines"):
         common.main()
-
-
-def test_no_space_on_the_disk(cli, tmp_path, monkeypatch):
-    def full(*_):
-        raise OSError(28, "No space left on device", "the cache")
-
-    monkeypatch.setattr(images, "save_file", full)
-    refused(cli("coop", "--epochs", 1, "--views", 1, cache=tmp_path / "cache"), "No space left")
-    assert not list((tmp_path / "cache").iterdir())
 
 
 def test_ctrl_c(cli, monkeypatch):

@@ -1,19 +1,12 @@
-"""Runs that are killed, pictures that are damaged."""
+"""Runs that are killed."""
 
-import io
 import json
 import os
-import random
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-import torch
-from PIL import Image
-
-import common
-from data.files import Item
 
 HERE = Path(__file__).parent.parent
 KILLER = """
@@ -49,45 +42,3 @@ def test_a_run_killed_twenty_times_leaves_nothing_that_changes_the_next(cli, roo
     for a, b in zip(last, undisturbed):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-3) and a["accuracy"] == pytest.approx(b["accuracy"], abs=0.6)  # one thread and two
     assert all(json.loads(line)["shots"] in (1, 2) for line in lines)  # every line is whole
-
-
-def picture(kind, rng):
-    """The bytes of a made-up picture of the given kind."""
-    out, rgb = io.BytesIO(), Image.frombytes("RGB", (12, 9), rng.randbytes(324)).resize((80, 60))
-    if kind == "cmyk":
-        rgb.convert("CMYK").save(out, "JPEG")
-    elif kind == "palette":
-        rgb.convert("P").save(out, "PNG", transparency=3)
-    elif kind == "16-bit":
-        Image.frombytes("I;16", (40, 30), rng.randbytes(2400)).save(out, "PNG")
-    elif kind == "animated":
-        rgb.save(out, "GIF", save_all=True, append_images=[rgb.rotate(90)])
-    elif kind == "1x1":
-        rgb.resize((1, 1)).save(out, "PNG")
-    elif kind == "wide":
-        rgb.resize((20000, 90)).save(out, "JPEG")
-    elif kind == "rotated":
-        exif = Image.Exif()
-        exif[0x0112] = 6
-        rgb.save(out, "JPEG", exif=exif)
-    elif kind == "alpha":
-        rgb.convert("LA").save(out, "WEBP")
-    else:
-        rgb.save(out, "JPEG")
-    content = out.getvalue()
-    return content[:rng.randrange(len(content) - 40)] if kind == "cut" else rng.randbytes(300) if kind == "noise" else content
-
-
-@pytest.mark.parametrize("kind", ["plain", "cmyk", "palette", "16-bit", "animated", "1x1", "wide", "rotated", "alpha", "cut", "noise"])
-def test_odd_pictures_are_read_as_pillow_and_clip_read_them_or_refused_by_name(tiny, tmp_path, kind):
-    rng = random.Random(kind)
-    for k in range(1 if kind == "wide" else 9):
-        path = tmp_path / f"{k}.jpg"  # the ending is wrong for half of them, which must not matter
-        path.write_bytes(picture(kind, rng))
-        if kind in ("cut", "noise"):
-            with pytest.raises(common.Problem, match=str(path)):
-                common.encode_images(tiny, [Item(path, 0, "")], None)
-        else:
-            expected = tiny.model.encode_image(tiny.preprocess(Image.open(path).convert("RGB"))[None], normalize=True)
-            assert torch.allclose(common.encode_images(tiny, [Item(path, 0, "")], None), expected, atol=1e-5)
-            assert common.encode_images(tiny, [Item(path, 0, "")], None, [0]).isfinite().all()

@@ -39,7 +39,7 @@ def test_every_command_is_understood(tmp_path, monkeypatch):
     for folder in ("path/to/pictures", "data/shapes/images"):
         Path(folder).mkdir(parents=True)
     called = []
-    monkeypatch.setattr(common, "runs", lambda script, args: called.append(args) or [])
+    monkeypatch.setattr(common, "runs", lambda script, args, **_: called.append(args) or [])
     methods = [argv for argv in commands() if argv[0] != "common.py"]
     for argv in methods:
         monkeypatch.setattr(sys, "argv", argv)

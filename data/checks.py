@@ -1,0 +1,72 @@
+"""Are the class names fit for prompts, and can the pictures be read?"""
+
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+
+from PIL import Image
+from tqdm import tqdm
+
+from data.errors import Problem, regular_file
+
+
+def check_names(clip, data):
+    """Prints a line if the text tower has never met words of the class names, as the tiny CLIP.
+
+    Raises Problem where two classes have the same prompt or one has no name. ImageNet's published
+    names hold two such pairs, so that a published data set is only told of."""
+    met = clip.text.token_embedding.weight.ne(0).any(-1).tolist()  # never met: zeros
+    prompts, seen, strange = {}, {}, []
+    for name in data.classnames:
+        words = name.replace("_", " ").split()
+        tokens = tuple(clip.tokenizer.encode(data.template.format(" ".join(words))))
+        if not words:
+            raise Problem(f"{data.name}: there is a class without a name")
+        if tokens in prompts:
+            same = f"{data.name}: the classes {prompts[tokens]!r} and {name!r} have the same prompt"
+            if data.origin != "published split":
+                raise Problem(f"{same}; give each class a name of its own")
+            print(same)
+        prompts[tokens] = name
+        seen.setdefault(tuple(token if met[token] else None for token in tokens), set()).add(name)
+        strange += [word for word in words if not all(met[t] for t in clip.tokenizer.encode(word))]
+    if strange:
+        alike = max(seen.values(), key=len)
+        print(f"{data.name}: this CLIP has never met {listed(dict.fromkeys(strange))}"
+              + f" and cannot tell apart {listed(sorted(alike))}" * (len(alike) > 1)
+              + "; for your own pictures take --backbone ViT-B-16 (a download of 600 MB)")
+
+
+def listed(names):
+    names = list(names)
+    return ", ".join(map(repr, names[:4])) + f" and {len(names) - 4} more" * (len(names) > 4)
+
+
+def readable(data):
+    """The data set without the pictures that cannot be read, whose number is added to its note.
+
+    Raises Problem where none is left to test on."""
+    parts = {part: getattr(data, part) for part in ("train", "val", "test")}
+    broken = unreadable([item.path for items in parts.values() for item in items])
+    if not broken:
+        return data
+    gone = set(broken)
+    parts = {part: [i for i in items if i.path not in gone] for part, items in parts.items()}
+    if not parts["test"]:
+        raise Problem(f"{data.name}: no picture that can be read is left to test on")
+    note = f"{len(broken)} pictures cannot be read and are left out, first {broken[0]}"
+    return replace(data, **parts, note="; ".join(filter(None, [data.note, note])))
+
+
+def unreadable(paths):
+    """Those of the pictures that Pillow cannot read from beginning to end."""
+    def look(path):
+        try:
+            with Image.open(regular_file(path)) as image:
+                image.draft("RGB", (64, 64))  # a JPEG is read whole, but few of its pixels are made
+                image.load()
+        except Exception:  # Pillow's decoders raise anything
+            return path
+
+    with ThreadPoolExecutor() as pool:
+        looked = tqdm(pool.map(look, paths), "looking at pictures", len(paths), False, disable=None)
+        return [path for path in looked if path]
