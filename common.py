@@ -1,195 +1,246 @@
-"""What the four methods share, in the order in which a run uses it: flags, CLIP, few-shot samples, image features, class
-features, the run with its schedule, evaluation and record. The methods are in their own files; what none of them needs to
-know (file formats, downloads, the cache, error messages, tables and pictures) is in data/.
+"""What the four methods share, in the order in which a run uses it: flags, the runs of a command,
+CLIP, few-shot samples, image features, class features, schedule and batches, evaluation.
 
-Shapes: N images, B of them in a batch, V views of each, C classes, L tokens, W the text tower's width, D the features'.
+What no reader of a method needs (file formats, downloads, the cache, records, tables) is in data/.
+
+Shapes: N images, B of them in a batch, V views of each, C classes, M context tokens, L tokens in
+all, W the width of the text tower, D the features'.
 """
 
+import sys
+
+from data.errors import Parser, Problem, number, one_line_errors, several, words
+
+if __name__ == "__main__":      # python common.py: tables, which need none of what follows
+    from data import compare
+    with one_line_errors():
+        compare.main()
+    sys.exit()
+
 import argparse
-import difflib
 import functools
-import hashlib
 import math
 import os
 import random
-import sys
 import time
 from collections import namedtuple
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import open_clip
 import torch
 import torch.nn.functional as F
-from torchvision.transforms import InterpolationMode, RandomHorizontalFlip, RandomResizedCrop, transforms
+from torchvision.transforms import (
+    Compose, InterpolationMode, RandomHorizontalFlip, RandomResizedCrop)
 from tqdm import tqdm
 
-from data import pictures, predict, records, results, sweep
-from data import text_tower
-from data.errors import Parser, Problem, number, one_line_errors, several, words  # noqa: F401, the scripts use them from here
-from data.files import CATALOGUE, Data, Item, known, list_data, load_data
-from data.images import cached, content_digests, load_pixels
-from data.text_tower import check_length, in_chunks, pad  # noqa: F401, for RESTORE
+from data import backbone, checks, predict, records, sweep, text_tower
+from data.files import CATALOGUE, Data, Item, known, load_data
+from data.images import cached, content_digests, image_key, load_pixels
+from data.text_tower import check_length, in_chunks, pad
 from data.text_tower import feature as text_feature
 
 HERE = Path(__file__).resolve().parent
 TINY_CLIP = f"local-dir:{HERE / 'data' / 'tiny_clip'}"
-progress = functools.partial(tqdm, disable=None, leave=False)  # no bar where stderr is not a terminal
+progress = functools.partial(tqdm, disable=None, leave=False)   # no bar without a terminal
 
 
 # ---------------------------------------------------------------- flags
 
 def flags(doc, lr, batch_size, n_ctx):
-    """A parser with the flags that every method has; a method adds its own to it, then calls `parse`."""
-    p = Parser(description=doc.split("\n\n")[0], formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    """A parser with the flags of every method; a method adds its own, then calls `parse`."""
+    p = Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter,
+               allow_abbrev=False)
     add, count = p.add_argument, number(int, 1, low_ok=True)
+    seed = number(int, 0, 2**31, low_ok=True)
     add("--dataset", type=known, default="shapes", metavar="NAME|PATH",
-        help="a data set, or a folder with one sub-folder per class (shapes, which is embedded)")
-    add("--data-root", default=str(HERE / "data"), metavar="DIR", help="the data sets, laid out as CoOp's users have them (data)")
-    add("--backbone", metavar="NAME", help="an open_clip model or local-dir:PATH (embedded data: the tiny CLIP; else ViT-B-16)")
-    add("--pretrained", metavar="TAG", help="the weights' open_clip tag or file, or 'random' (openai)")
-    add("--shots", type=several(count), default=[4], metavar="N,...", help="training images per class (4)")
-    add("--seeds", type=several(number(int, 0, 2**31, low_ok=True)), default=[1], metavar="N,...", help="one run each (1)")
-    add("--base-to-new", action="store_true", help="learn the first half of the classes, test both halves")
-    add("--transfer", type=several(known), default=[], metavar="NAME,...", help="data sets to test what was learned on as well")
-    add("--n-ctx", type=count, default=n_ctx, metavar="N", help=f"learned context tokens ({n_ctx})")
-    add("--epochs", type=count, metavar="N", help="passes over the training images (the method's own)")
+        help="a data set, or a folder of class folders (shapes, which is embedded)")
+    add("--data-root", default=str(HERE / "data"), metavar="DIR",
+        help="where data sets are, laid out as CoOp's users have them (data)")
+    add("--template", metavar="TEXT",
+        help="the written prompt, with {} for the class name (the data set's own)")
+    add("--skip-unreadable", action="store_true",
+        help="leave pictures out that cannot be read, and say how many")
+    add("--backbone", metavar="NAME",
+        help="an open_clip model or local-dir:PATH (embedded data: the tiny CLIP; else ViT-B-16)")
+    add("--pretrained", metavar="TAG",
+        help="the weights' open_clip tag or file, or 'random' (openai)")
+    add("--shots", type=several(count), default=[4], metavar="N,...",
+        help="training images per class (4)")
+    add("--seeds", type=several(seed), default=[1], metavar="N,...", help="a run for each (1)")
+    add("--base-to-new", action="store_true",
+        help="learn the first half of the classes, test both halves")
+    add("--transfer", type=several(known), default=[], metavar="NAME,...",
+        help="other data sets to test what was learned on")
+    add("--n-ctx", type=count, default=n_ctx, metavar="N",
+        help=f"learned context tokens ({n_ctx})")
+    add("--epochs", type=count, metavar="N",
+        help="passes over the training images (the docstring says how many)")
     add("--lr", type=number(), default=lr, help=f"learning rate of SGD ({lr})")
-    add("--batch-size", type=count, default=batch_size, metavar="N", help=f"training images per step ({batch_size})")
-    add("--views", type=number(int, 0, low_ok=True), default=10, metavar="N",
-        help="augmented views encoded once per training image; 0: new ones every epoch (10)")
-    add("--class-chunk", type=count, default=128, metavar="N", help="classes per pass of the text tower: fewer, less memory (128)")
-    add("--device", choices=["cpu", "cuda"], help="(cuda where there is one)")
-    add("--precision", choices=["fp32", "amp"], help="amp is autocast to bf16, else fp16 (amp on cuda, fp32 on cpu)")
-    add("--cache", default=str(HERE / "data" / "cache"), metavar="DIR", help="where image features are kept (data/cache)")
-    add("--out", default="runs/results.jsonl", metavar="FILE", help="one JSON line per run is added here (runs/results.jsonl)")
-    add("--save", metavar="FILE", help="keep what was learned; of several runs: 'ctx-{shots}-{seed}.safetensors'")
-    add("--load", metavar="FILE", help="do not train, test what this file holds")
-    add("--predict", nargs="+", default=[], metavar="FILE", help="pictures to tell the classes of")
+    add("--batch-size", type=count, default=batch_size, metavar="N",
+        help=f"training images per step ({batch_size})")
+    add("--views", type=number(int, 0, 2**20, low_ok=True), default=10, metavar="N",
+        help="random crops encoded once per training image; 0: new ones every epoch (10)")
+    add("--class-chunk", type=count, default=128, metavar="N",
+        help="classes per pass of the text tower: fewer, less memory (128)")
+    add("--device", choices=["cpu", "cuda"], help="where to compute (cuda where there is one)")
+    add("--precision", choices=["fp32", "amp"],
+        help="amp is autocast to bf16, else fp16 (amp on cuda, fp32 on cpu)")
+    add("--cache", default=str(HERE / "data" / "cache"), metavar="DIR",
+        help="where image features are kept (data/cache)")
+    add("--out", default="runs/results.jsonl", metavar="FILE",
+        help="a line of results is added here for every run (runs/results.jsonl)")
     add("--again", action="store_true", help="repeat runs that --out has already")
+    add("--save", metavar="FILE",
+        help="keep what was learned; of several runs: 'ctx-{shots}-{seed}.safetensors'")
+    add("--load", metavar="FILE", help="do not train, test what this file holds")
+    add("--predict", nargs="+", default=[], metavar="FILE", help="pictures to name the class of")
     return p
 
 
 def parse(parser, argv=None):
-    """The flags' values, with the defaults that depend on others; makes the folders of --out and --save.
+    """The flags' values, with the defaults that depend on others; makes folders to write to.
 
     Raises Problem where the flags cannot be met."""
     args = parser.parse_args(argv)
     if sys.stderr and sys.stderr.isatty():
         print("reading the model and the pictures ...", file=sys.stderr)
-    args.changed = {name: value for name, value in vars(args).items() if value != parser.get_default(name)}
+    args.changed = {name: value for name, value in vars(args).items()
+                    if value != parser.get_default(name)}
     embedded = CATALOGUE.get(args.dataset, {}).get("kind") == "world"
     args.backbone = args.backbone or (TINY_CLIP if embedded else "ViT-B-16")
     if args.pretrained and args.backbone.startswith("local-dir:"):
         raise Problem(f"--pretrained {args.pretrained}: {args.backbone} holds its own weights")
+    if args.template is not None and args.template.count("{}") != 1:
+        raise Problem(f"--template {args.template!r}: needs one {{}} where the class name stands")
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     args.precision = args.precision or ("amp" if args.device == "cuda" else "fp32")
     args.pretrained = args.pretrained or ("" if ":" in args.backbone else "openai")
     if args.device == "cuda":
         if not torch.cuda.is_available():
-            raise Problem("--device cuda: PyTorch sees no CUDA device here; leave the flag out to use the CPU")
+            raise Problem("--device cuda: PyTorch sees no CUDA device here; "
+                          "leave the flag out to use the CPU")
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
     if getattr(args, "class_specific", False) and (args.base_to_new or args.transfer):
-        raise Problem("--class-specific has no context for classes that were not learned: no --base-to-new, no --transfer")
+        raise Problem("--class-specific has no context for classes that were not learned: "
+                      "no --base-to-new, no --transfer")
     records.check_writable(args.out, args.save, args.shots, args.seeds)
     return args
+
+
+# ---------------------------------------------------------------- the runs of a command
+
+def runs(script, args, features=True):
+    """Yields one Run for every number of shots and every seed, the random numbers seeded.
+
+    script    the method's __file__
+    features  False for a method that changes the image tower: it encodes its own training images
+
+    What --out has already is left out. Under torchrun, or in a Slurm array, every process takes its
+    share. All pictures are encoded, so found to be there and whole, before a training. Raises
+    Problem where the data set cannot serve the protocol."""
+    mine, processes = sweep.rank()
+    data = load_data(args.dataset, args.data_root, args.template)
+    others = [load_data(name, args.data_root) for name in args.transfer]
+    if args.skip_unreadable:
+        data, *others = map(checks.readable, [data, *others])
+    about = sweep.about([Path(script), Path(__file__)], args, data, others)
+    jobs = sweep.wanted(args, data)
+    todo = sweep.left(sweep.share(jobs, mine, processes), about, args)
+    if todo:
+        clip = load_clip(args, data.crop)
+        checks.check_names(clip, data)
+        tests = [("all classes", data, data.test, data.classnames)]
+        if args.base_to_new:
+            tests = [(name, data, *half(data.test, data.classnames, name == "new"))
+                     for name in ("base", "new")]
+        tests += [(other.name, other, other.test, other.classnames) for other in others]
+        parts = [make_part(clip, args, *test) for test in tests]
+        asked = [Item(file, 0, "") for file in args.predict]
+        asked = asked and make_part(clip, args, "", data, asked, data.classnames)
+    for job in todo:
+        items, classnames = few_shot(data.train, job.shots, job.seed), data.classnames
+        if args.base_to_new:
+            items, classnames = half(items, classnames, new=False)
+        run = Run(about["method"], args, clip, data, parts, job.shots, job.seed, classnames, items,
+                  about, job, asked)
+        if features and not args.load:
+            run.features = encode_images(clip, items, args.views and args.cache, run.views(0))
+        run.started = time.time()
+        torch.manual_seed(job.seed)
+        yield run
+    sweep.summary(jobs, about)
 
 
 # ---------------------------------------------------------------- CLIP
 
 @dataclass
 class Clip:
-    """A frozen CLIP: open_clip's model, its text tower, tokenizer, image transforms, and tau = exp(logit_scale)."""
-    model: torch.nn.Module
-    text: torch.nn.Module
+    """A frozen CLIP."""
+    model: torch.nn.Module  # open_clip's, whose `visual` is the image tower
+    text: torch.nn.Module   # its text tower
     tokenizer: object
-    preprocess: object  # PIL image -> (3, H, W), as CLIP was trained
-    augment: object     # the same with a random crop and flip
-    logit_scale: float
+    preprocess: object      # PIL image -> (3, H, W), as CLIP was trained
+    augment: object         # the same with a random crop and flip
+    logit_scale: float      # tau
     device: str
     precision: str
-    key: str            # stands for the image tower's weights and preprocessing in the cache
+    key: str                # stands for all that image features depend on beside the image
     class_chunk: int = 128
-    seconds: float = 0  # spent on encoding images
+    seconds: float = 0      # spent on encoding images
 
     def autocast(self):
         bf16 = self.device == "cpu" or torch.cuda.is_bf16_supported(including_emulation=False)
-        return torch.autocast(self.device, torch.bfloat16 if bf16 else torch.float16, enabled=self.precision == "amp")
+        kind = torch.bfloat16 if bf16 else torch.float16
+        return torch.autocast(self.device, kind, enabled=self.precision == "amp")
 
 
-def load_clip(args):
-    """The CLIP of --backbone and --pretrained, frozen, in eval mode.
+def load_clip(args, crop=0.08):
+    """The CLIP of --backbone and --pretrained. A random crop keeps `crop` to 1 of the area.
 
-    Raises Problem if there is no such model or weights, or if its text tower is not CLIP's causal transformer."""
-    name, tag = args.backbone, args.pretrained
-    create = functools.partial(open_clip.create_model_and_transforms, device=args.device)
-    if not name.startswith("local-dir:") and name not in open_clip.list_models():
-        near = difflib.get_close_matches(name, open_clip.list_models(), n=3, cutoff=0.3)
-        raise Problem(f"unknown backbone {name!r}: did you mean {' or '.join(near) or 'ViT-B-16'}? (or local-dir:PATH)")
-    spec = open_clip.get_pretrained_cfg(name, tag)
-    if not name.startswith("local-dir:") and tag != "random" and not spec and not Path(tag).is_file():
-        tags = ", ".join(open_clip.list_pretrained_tags_by_model(name)) or "no tag"
-        raise Problem(f"--pretrained {tag}: {name} has {tags}, or give a file")
-    torch.manual_seed(0)  # --pretrained random is the same everywhere
-    try:
-        if name.startswith("local-dir:"):
-            model, _, preprocess = create(name, require_pretrained=True)
-        elif tag == "random":
-            model, _, preprocess = create(name, pretrained_text=False)
-        else:  # OpenAI's weights were trained with QuickGELU, which open_clip takes from the model's name and only warns
-            # about: here the tag decides. A file has no tag, so that its model's name does.
-            model, _, preprocess = create(name.removesuffix("-quickgelu") if spec else name, tag, require_pretrained=True,
-                                          force_quick_gelu=bool(spec.get("quick_gelu")))
-    except Exception as error:  # whatever went wrong in open_clip, the way out is the same
-        raise Problem(f"cannot load {name} {tag}: {error} (no network? --pretrained FILE takes a weights file)") from None
-    model.eval().requires_grad_(False)
-    text = model if hasattr(model, "token_embedding") else getattr(model, "text", None)
-    block = getattr(getattr(text, "transformer", None), "resblocks", [None])[0]
-    causal = getattr(text, "attn_mask", None) is not None and getattr(text, "cls_emb", None) is None
-    causal = causal and type(block) is open_clip.transformer.ResidualAttentionBlock
-    if not causal or not isinstance(tokenizer := open_clip.get_tokenizer(name), open_clip.SimpleTokenizer):
-        raise Problem(f"--backbone {name}: its text tower is not CLIP's causal transformer, which the prompts are for")
-    crop = RandomResizedCrop(model.visual.preprocess_cfg["size"], (0.08, 1.0), interpolation=InterpolationMode.BICUBIC)
-    augment = transforms.Compose([crop, RandomHorizontalFlip(), *preprocess.transforms[2:]])
-    return Clip(model, text, tokenizer, preprocess, augment, model.logit_scale.exp().item(), args.device, args.precision,
-                image_key(model.visual, preprocess, augment, args.precision, args.device), args.class_chunk)
+    Raises Problem if there is no such model or weights, or if its text tower is not CLIP's causal
+    transformer."""
+    torch.manual_seed(0)                                        # of --pretrained random
+    model, preprocess, tokenizer = backbone.create(args.backbone, args.pretrained, args.device)
+    text = backbone.text_tower(model)
+    if text.positional_embedding.shape[1] < 256 and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1)    # threads gain nothing on matrices so small, and wait actively
+    size, bicubic = model.visual.preprocess_cfg["size"], InterpolationMode.BICUBIC
+    augment = Compose([RandomResizedCrop(size, (crop, 1.0), interpolation=bicubic),
+                       RandomHorizontalFlip(), *preprocess.transforms[2:]])
+    key = image_key(model.visual, preprocess, augment, args.precision, args.device)
+    return Clip(model, text, tokenizer, preprocess, augment, model.logit_scale.exp().item(),
+                args.device, args.precision, key, args.class_chunk)
 
 
-def image_key(visual, *more):
-    """Stands in the cache for all that image features depend on beside the image: architecture, weights and `more`."""
-    plain = lambda value: value is None or isinstance(value, (bool, int, float, str, tuple))
-    key = hashlib.blake2b(repr(more).encode(), digest_size=16)
-    for name, module in visual.named_modules():  # the same weights mean something else with other heads, pooling, GELU
-        key.update(repr((name, type(module), {k: v for k, v in vars(module).items() if plain(v)})).encode())
-    for tensor in visual.state_dict().values():
-        key.update(tensor.cpu().contiguous().numpy())
-    return key.hexdigest()
-
-
-# ---------------------------------------------------------------- few-shot samples, base and new classes
+# ---------------------------------------------------------------- few-shot samples, halves
 
 def few_shot(items, shots, seed):
-    """CoOp's few-shot sample, draw for draw: `shots` items of each label, labels in order of first appearance.
+    """CoOp's few-shot sample, draw for draw: `shots` items of each label.
 
-    A class with fewer items gives all it has. Reproduces the index sets that CoOp's authors published."""
+    Labels in order of first appearance; a class with fewer items gives all it has. Reproduces the
+    index sets that CoOp's authors published."""
     rng, by_label = random.Random(seed), {}
     for item in items:
         by_label.setdefault(item.label, []).append(item)
-    return [item for rows in by_label.values() for item in (rng.sample(rows, shots) if len(rows) >= shots else rows)]
+    some = lambda rows: rng.sample(rows, shots) if len(rows) >= shots else rows
+    return [item for rows in by_label.values() for item in some(rows)]
 
 
 def half(items, classnames, new):
-    """The items of the base (first ceil(C/2)) or new classes, relabelled from 0, and their names (CoCoOp, section 4.1)."""
+    """The items of the base (first ceil(C/2)) or new classes, relabelled from 0, and their names.
+
+    As in CoCoOp, arXiv 2203.05557, section 4.1."""
     m = math.ceil(len(classnames) / 2)
     keep = range(m, len(classnames)) if new else range(m)
-    return [item._replace(label=item.label - keep.start) for item in items if item.label in keep], [classnames[k] for k in keep]
+    items = [item._replace(label=item.label - keep.start) for item in items if item.label in keep]
+    return items, [classnames[k] for k in keep]
 
 
 # ---------------------------------------------------------------- images to features
 
 @torch.no_grad()
 def encode_images(clip, items, cache, views=None, encode=None, kind=""):
-    """Image features f(x), L2-normalised: (N, D) of the pictures as they are, or (N, V, D) of `views`.
+    """Image features f(x), of length 1: (N, D) of the images as they are, or (N, V, D) of `views`.
 
     views  numbers of augmented views; number k of a picture always looks the same
     cache  the folder where they are kept: each is computed once, whoever asks (None: not kept)
@@ -199,8 +250,9 @@ def encode_images(clip, items, cache, views=None, encode=None, kind=""):
     start, paths, each = time.time(), [str(item.path) for item in items], views or [0]
     encode = encode or (lambda x: F.normalize(clip.model.encode_image(x).float(), dim=-1))
     transform = clip.augment if views else clip.preprocess
-    size = 256 if clip.device == "cuda" else 16  # batches of one size, the last one filled up: else
-    # the last bits of a picture's features would depend on its company
+    # Batches of one size, the last one filled up: else the last bits of a picture's features would
+    # depend on its company.
+    size = 256 if clip.device == "cuda" else 16
 
     def compute(rows, missing):                       # row i V + j is view j of picture i
         bar.total, some, features = bar.n + missing, {}, []
@@ -225,7 +277,7 @@ def encode_images(clip, items, cache, views=None, encode=None, kind=""):
 # ---------------------------------------------------------------- prompts to class features
 
 def tokenize(clip, text):
-    """The token numbers of a text, without start and end; raises Problem if the text tower cannot hold it."""
+    """The token numbers of a text, without start and end; raises Problem if it is too long."""
     tokens, most = clip.tokenizer.encode(text), len(clip.text.positional_embedding) - 2
     if len(tokens) > most:
         raise Problem(f"{text[:60]!r}... is {len(tokens)} tokens long; CLIP reads {most}")
@@ -244,61 +296,81 @@ def start_end(clip):
 
 
 def name_embeddings(clip, classnames):
-    """For every class the embeddings of its name and of the "." after it: a list of two (l, W)."""
+    """For every class the embeddings of its name and of the "." behind it: a list of two (l, W)."""
     pairs = []
     for classname in classnames:
         name = classname.replace("_", " ")
-        sentence = embed(clip, f"{name}.")
-        pairs.append(sentence.split([n := len(tokenize(clip, name)), len(sentence) - n]))
+        length = len(tokenize(clip, name))
+        pairs.append(embed(clip, f"{name}.").tensor_split([length]))
     return pairs
 
 
 def encode_text(clip, prompts):
-    """Class features w_c = g(prompt c), of length 1: (C, D).
+    """Class features w_c = g(prompt of c), of length 1: (C, D).
 
     A prompt is a list of parts (l, W), token embeddings without positions, from the start token to
     the end token, where the tower is read. Raises Problem if one is longer than the tower holds.
 
-    For porters: x + positions, then pre-norm blocks x += attention(ln_1(x)), x += mlp(ln_2(x)) with
-    a causal mask, q, k, v packed in that order in in_proj_weight (3 W, W), heads of W / heads each
-    scaled by 1 / sqrt(W / heads), QuickGELU x sigmoid(1.702 x) in OpenAI's models, else erf-GELU;
-    then ln_final and @ text_projection (W, D). Layer norms have eps 1e-5."""
+    Computes what plain_encode_text does, quicker and in less memory: see data/text_tower.py."""
     return text_tower.encode_text(clip, prompts)
 
 
 def plain_encode_text(clip, prompts):
-    """What encode_text computes, as one would write it down (a test holds the two together).
+    """encode_text as one would write it down; a test holds the two together.
 
-    CLIP pads to 77 tokens; the tower is causal, so what stands behind the end token changes nothing."""
-    x, last = pad(prompts)                                            # (C, L, W), (C,)
+    CLIP pads to 77 tokens. The tower is causal: what stands behind the end token changes nothing.
+
+    For porters: pre-norm blocks, x += attention(ln_1(x)), x += mlp(ln_2(x)); q, k, v packed in this
+    order in in_proj_weight (3 W, W); heads scaled by the root of their width; a causal mask; eps of
+    the layer norms 1e-5; QuickGELU, x sigmoid(1.702 x), in OpenAI's models, else the erf GELU."""
+    x, last = pad(prompts)                                          # (C, L, W), (C,)
     length = x.shape[1]
     x = x + clip.text.positional_embedding[:length]
     for block in clip.text.transformer.resblocks:
         x = block(x, attn_mask=clip.text.attn_mask[:length, :length])
-    x = text_feature(clip.text, x[torch.arange(len(x)), last])        # at the end token
+    x = text_feature(clip.text, x[torch.arange(len(x)), last])      # ln_final, projection: (C, D)
     return F.normalize(x.float(), dim=-1)
 
 
 @torch.no_grad()
 def template_features(clip, template, classnames):
-    """The class features of a written prompt such as "a photo of a {}." (C, D): CLIP's zero-shot classifier."""
+    """CLIP's zero-shot classifier: class features of a written prompt, "a photo of a {}.": (C, D)."""
     start, end = start_end(clip)
-    prompts = [template.format(classname.replace("_", " ")) for classname in classnames]
+    texts = [template.format(classname.replace("_", " ")) for classname in classnames]
     with clip.autocast():
-        return encode_text(clip, [[start, embed(clip, prompt), end] for prompt in prompts])
+        return encode_text(clip, [[start, embed(clip, text), end] for text in texts])
 
 
 @torch.no_grad()
 def nearest_words(clip, v):
-    """For every context vector v (..., M, W) the vocabulary's nearest word, as in CoOp's paper: one string."""
+    """The vocabulary's nearest word to every context vector, v (..., M, W): one string.
+
+    CoOp's paper, table 4."""
     table = clip.text.token_embedding.weight.float()
-    unmet = table.abs().sum(-1) == 0  # the tiny CLIP has met only a few words
-    distances = (torch.cdist(some.float(), table).masked_fill(unmet, math.inf) for some in v.flatten(0, -2).split(64))
-    tokens = [token for distance in distances for token in distance.argmin(-1).tolist()]
+    unmet = table.abs().sum(-1) == 0        # the tiny CLIP has met only a few words
+    tokens = []
+    for some in v.flatten(0, -2).split(64):
+        tokens += torch.cdist(some.float(), table).masked_fill(unmet, math.inf).argmin(-1).tolist()
     return " ".join(clip.tokenizer.decoder[token].replace("</w>", "") for token in tokens)
 
 
-# ---------------------------------------------------------------- a run: its batches, schedule, evaluation and record
+# ---------------------------------------------------------------- the training's schedule
+
+def default_epochs(run):
+    """CoOp's length of the training: 50, 100, 100, 200, 200 epochs for 1, 2, 4, 8, 16 shots.
+
+    ImageNet: 50."""
+    if run.shots < 2 or run.data.name == "imagenet":
+        return 50
+    return 100 if run.shots < 8 else 200
+
+
+def learning_rate(epoch, epochs, lr):
+    """The authors' schedule: an epoch at 1e-5, then half a cosine, not quite down to 0."""
+    return 1e-5 if epoch == 0 else lr * (1 + math.cos(math.pi * (epoch - 1) / epochs)) / 2
+
+
+# ---------------------------------------------------------------- a run: its batches and its evaluation
 
 # What is tested: the pictures' features (N, D), and the written template's class features (C, D).
 Part = namedtuple("Part", "name items classnames features zero_shot")
@@ -343,16 +415,18 @@ class Run:
         return torch.tensor([item.label for item in self.items], device=self.clip.device)
 
     def plan(self, epoch):
-        """The batches of an epoch, [(rows (B,), views (B,))]: the training images, shuffled, one random view of each.
+        """The batches of an epoch, [(rows (B,), views (B,))]: the images shuffled, a view of each.
 
-        A last batch that is not full is dropped unless it is the only one, as in the authors' code."""
+        A last batch that is not full is dropped unless it is the only one, as in CoOp's code."""
         rng = torch.Generator().manual_seed(1000003 * self.seed + epoch)
         n, size = len(self.items), self.args.batch_size
-        order, views = torch.randperm(n, generator=rng), torch.randint(self.args.views or 1, (n,), generator=rng)
-        return [(order[k * size:(k + 1) * size], views[k * size:(k + 1) * size]) for k in range(max(1, n // size))]
+        order = torch.randperm(n, generator=rng)
+        views = torch.randint(self.args.views or 1, (n,), generator=rng)
+        batches = zip(order.split(size), views.split(size))
+        return list(batches)[:max(1, n // size)]
 
     def views(self, epoch):
-        """The numbers of the augmented views that the epoch draws from: always the same, or with --views 0 a new one."""
+        """The numbers of the random crops that an epoch draws from; with --views 0 a new one."""
         return list(range(self.args.views)) or [epoch]
 
     def batches(self, epoch):
@@ -363,20 +437,24 @@ class Run:
             yield self.features[rows, views], self.labels[rows]
 
     def pixel_batches(self, epoch):
-        """Yields (pixels (B, 3, H, W), labels, rows, views (B,) each) for a method that changes the image tower."""
+        """Yields (pixels (B, 3, H, W), labels, rows, views (B,) each) of the epoch's batches.
+
+        For a method that changes the image tower."""
         plan, numbers = self.plan(epoch), self.views(epoch)
         paths = [self.items[row].path for rows, _ in plan for row in rows]
         views = [[numbers[view]] for _, some in plan for view in some]
-        loader = load_pixels(paths, self.clip.augment, views, self.args.batch_size, self.clip.device)
+        size, device = self.args.batch_size, self.clip.device
+        loader = load_pixels(paths, self.clip.augment, views, size, device)
         for (rows, views), pixels in zip(plan, loader):
             yield pixels, self.labels[rows], rows, views
 
     def log(self, epoch, **values):
-        """Notes what a step computed, numbers or tensors; the record holds their means over the steps of each epoch."""
+        """Notes what a step computed, numbers or tensors; the record holds means over an epoch."""
         if epoch not in self.logged.get("loss", [epoch]):
             self.check_finite()  # once an epoch: a GPU is not made to wait at every step
         for name, value in values.items():
-            self.logged.setdefault(name, {}).setdefault(epoch, []).append(torch.as_tensor(value).detach())
+            steps = self.logged.setdefault(name, {}).setdefault(epoch, [])
+            steps.append(torch.as_tensor(value).detach())
 
     def check_finite(self, *parameters):
         """Raises Problem if the last epoch's loss, or one of the parameters, is not finite."""
@@ -426,73 +504,3 @@ class Run:
             tau, both = self.clip.logit_scale, self.classifiers(prompt, self.asked)
             predict.show(self.args.predict, self.data.classnames, self.method,
                          *((tau * f @ w.T).softmax(-1) for f, w in both))
-
-
-def runs(script, args, features=True):
-    """Yields one Run for every number of shots and every seed, the random numbers seeded.
-
-    Under torchrun, or in a Slurm array, every process takes its share. What --out has already is
-    left out; at the end the means over the seeds are printed. All pictures are encoded, so found
-    to be there and whole, before a training; a method that changes the image tower needs no
-    `features` to learn from. `script` is the method's __file__. Raises Problem where the data set
-    cannot serve the protocol."""
-    mine, processes = sweep.rank()
-    data = load_data(args.dataset, args.data_root)
-    others = [load_data(name, args.data_root) for name in args.transfer]
-    about = sweep.about([Path(script), Path(__file__)], args, data, others)
-    jobs = sweep.wanted(args, data)
-    todo = sweep.left(sweep.share(jobs, mine, processes), about, args)
-    if todo:
-        clip, tests = load_clip(args), [("all classes", data, data.test, data.classnames)]
-        if args.base_to_new:
-            tests = [(name, data, *half(data.test, data.classnames, name == "new"))
-                     for name in ("base", "new")]
-        tests += [(other.name, other, other.test, other.classnames) for other in others]
-        parts = [make_part(clip, args, *test) for test in tests]
-        asked = [Item(file, 0, "") for file in args.predict]
-        asked = asked and make_part(clip, args, "", data, asked, data.classnames)
-    for job in todo:
-        items, classnames = few_shot(data.train, job.shots, job.seed), data.classnames
-        if args.base_to_new:
-            items, classnames = half(items, classnames, new=False)
-        run = Run(about["method"], args, clip, data, parts, job.shots, job.seed, classnames, items,
-                  about, job, asked)
-        if features and not args.load:
-            run.features = encode_images(clip, items, args.views and args.cache, run.views(0))
-        run.started = time.time()
-        torch.manual_seed(job.seed)
-        yield run
-    sweep.summary(jobs, about)
-
-
-def default_epochs(run):
-    """CoOp's training length: 50, 100, 100, 200, 200 epochs for 1, 2, 4, 8, 16 shots; 50 on ImageNet."""
-    return 50 if run.shots < 2 or run.data.name == "imagenet" else 100 if run.shots < 8 else 200
-
-
-def learning_rate(epoch, epochs, lr):
-    """The authors' schedule: one epoch at 1e-5, then half a cosine that has not quite come down to 0 at the end."""
-    return 1e-5 if epoch == 0 else lr * (1 + math.cos(math.pi * (epoch - 1) / epochs)) / 2
-
-
-# ---------------------------------------------------------------- python common.py: the comparison
-
-def main():
-    p = Parser(description="Compares the recorded runs, or lists the data sets.")
-    p.add_argument("file", nargs="?", default="runs/results.jsonl", help="result lines (runs/results.jsonl)")
-    p.add_argument("--markdown", action="store_true", help="tables to paste into notes")
-    p.add_argument("--plot", action="store_true", help="draw pictures as well, into the folder of the result lines")
-    p.add_argument("--data", action="store_true", help="list the data sets: images in train, val, test, template, folder")
-    p.add_argument("--data-root", default=str(HERE / "data"), metavar="DIR", help="where they are looked for (data)")
-    args = p.parse_args()
-    if args.data:
-        return list_data(args.data_root)
-    records = results.read(args.file)
-    results.tables(records, args.markdown)
-    if args.plot:
-        pictures.draw(records, Path(args.file).parent)
-
-
-if __name__ == "__main__":
-    with one_line_errors():
-        main()

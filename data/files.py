@@ -37,7 +37,7 @@ class Data:
     test: list
     note: str = ""
     origin: str = ""
-
+    crop: float = 0.08  # random crops keep this part of a picture's area, at least
 
 def known(name):
     """A data set's name, or a folder's full path however it was written; else raises Problem."""
@@ -51,8 +51,10 @@ def known(name):
                   "or a folder with one sub-folder per class")
 
 
-def load_data(name, root):
+def load_data(name, root, template=None):
     """The data set `name` of the catalogue below folder `root`, or any folder of class folders.
+
+    template  another written prompt than the data set's own
 
     Downloads what can be downloaded. Raises Problem: unknown name, missing files, split of the
     wrong form, no room or no permission."""
@@ -73,9 +75,11 @@ def load_data(name, root):
                       f"found labels {sorted(names)[:5]}...")
     if not parts["test"]:
         raise Problem(f"{name}: no picture is left to test on")
-    template = spec.get("template", FOLDER_TEMPLATE)
-    return Data(name, [names[label] for label in range(len(names))], template,
-                spec.get("prograd_template", template), **parts, note=note, origin=origin)
+    own = spec.get("template", FOLDER_TEMPLATE)
+    crop = world.CROP if spec.get("kind") == "world" else Data.crop
+    return Data(name, [names[label] for label in range(len(names))], template or own,
+                template or spec.get("prograd_template", own), **parts, note=note, origin=origin,
+                crop=crop)
 
 
 def list_data(root):

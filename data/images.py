@@ -110,6 +110,21 @@ def load_pixels(paths, transform, views, batch_size, device):
 # A piece appears whole, with a checksum for a name, and never changes. Any process may add one, and
 # anybody may delete one: rows that no whole piece holds are computed again.
 
+def image_key(visual, *more):
+    """Stands in the cache for all that image features depend on beside the image.
+
+    That is `more`, the weights of the image tower `visual`, and its architecture: the same weights
+    mean something else with other heads, pooling or GELU."""
+    plain = (bool, int, float, str, tuple, type(None))
+    key = blake2b(repr(more).encode(), digest_size=16)
+    for name, module in visual.named_modules():
+        values = {k: v for k, v in vars(module).items() if isinstance(v, plain)}
+        key.update(repr((name, type(module), values)).encode())
+    for tensor in visual.state_dict().values():
+        key.update(tensor.cpu().contiguous().numpy())
+    return key.hexdigest()
+
+
 def digest(*parts):
     """16 bytes for arrays, bytes, and what else repr shows whole."""
     whole = blake2b(digest_size=16)

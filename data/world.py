@@ -428,6 +428,7 @@ def night(img, rng, light):
 
 # ---------------------------------------------------------------- data sets
 
+CROP = 0.35  # of the area, at least: the random crops of a training; 0.08 is for larger pictures
 PER_CLASS = {"train": 20, "val": 20, "test": 48}  # pictures
 
 
