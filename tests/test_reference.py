@@ -1,4 +1,4 @@
-"""The scripts against the vectors of tests/reference (or $REFERENCE_DIR); its README.md explains."""
+"""The scripts against the vectors of tests/reference (or $REFERENCE_DIR); see its README.md."""
 
 import json
 import os

@@ -6,6 +6,7 @@
 """
 
 import contextlib
+import functools
 import importlib
 import json
 import sys
@@ -27,9 +28,12 @@ sys.path[:0] = [str(HERE.parents[1]), str(HERE.parent)]  # where common.py and c
 import common  # noqa: E402
 from conftest import made_up_run  # noqa: E402
 
+TOKENIZER = open_clip.SimpleTokenizer()
+
 
 # ---------------------------------------------------------------- made-up weights and images
 
+@functools.cache
 def made_up(name, shape):
     """The weight `name` of the small CLIP: numbers that depend on its name alone."""
     if name == "logit_scale":
@@ -63,8 +67,13 @@ def restore_start(name, shape):
     return torch.from_numpy(x.astype(np.float32))
 
 
-def small_clip(c):
+def small_clip(sizes):
     """The small CLIP of config["clip"], as the scripts know a CLIP."""
+    return clip_of(**sizes)
+
+
+@functools.cache
+def clip_of(**c):
     vision = {"image_size": c["image"], "layers": c["v_layers"], "width": c["v_width"],
               "patch_size": c["patch"]}
     text = {"context_length": c["ctx"], "vocab_size": c["vocab"], "width": c["t_width"],
@@ -72,8 +81,8 @@ def small_clip(c):
     model = open_clip.CLIP(c["embed"], vision, text, quick_gelu=True)
     model.load_state_dict({k: made_up(k, tuple(x.shape)) for k, x in model.state_dict().items()})
     model.eval().requires_grad_(False)
-    scale, tokenizer = model.logit_scale.exp().item(), open_clip.SimpleTokenizer()
-    return common.Clip(model, model, tokenizer, None, None, scale, "cpu", "fp32", "")
+    scale = model.logit_scale.exp().item()
+    return common.Clip(model, model, TOKENIZER, None, None, scale, "cpu", "fp32", "")
 
 
 def images(config):
@@ -93,48 +102,57 @@ def noise(seed, shape):
 
 @dataclass
 class Training:
-    """What a script's training did. `context` is the start of a method that learns one."""
+    """What a script's training did. `made`: parameters as the script itself starts them; `context`
+    is the start of a method that learns one."""
     clip: object
     run: object
     prompt: torch.nn.Module
     context: torch.Tensor
+    made: dict
     parameters_initial: dict
     logits_initial: torch.Tensor
     logits_final: torch.Tensor
     log: list        # of every step what was logged, {name: tensor}
     gradients: list  # of every step the gradients that the optimiser was given, {parameter: tensor}
+    buffers: list    # of every step what else the prompt holds, {name: tensor}
 
 
 def flags(config):
-    """The command line for what `config` says."""
+    """The command line for what `config` says. The one batch is an epoch; RESTORE's, all steps."""
     made = ["--lr", config["lr"], "--n-ctx", config["n_ctx"], "--ctx-init", config["context_words"]]
+    epochs = config.get("epochs", 1 if config["method"] == "restore" else config["steps"])
+    made += ["--epochs", epochs] if epochs else []
     if config["method"] == "restore":
-        made += ["--epochs", 1, "--views", 1, "--depth", config["depth"],
+        made += ["--views", 1, "--depth", config["depth"],
                  "--prompts", config["prompts"], "--shift", config["shift"],
                  "--shift-weight", config["shift_weight"],
                  "--blend", f"{config['blend_text']},{config['blend_visual']}"]
     else:
-        made += ["--epochs", config["steps"], "--position", config["class_token_position"]]
+        made += ["--position", config["class_token_position"]]
         made += ["--class-specific"] if config["class_specific"] else []
     if config["method"] == "prograd":
         made += ["--projection", config["projection_strength"],
                  "--temperature", config["temperature"]]
-    return [str(flag) for flag in [*made, *config.get("flags", [])]]
+    return [str(flag) for flag in made]
 
 
-def follow(config):
-    """The training of `config` by its script's main(): made-up CLIP, batch and start.
+def constant(epoch, epochs, lr):
+    """A schedule in place of common.learning_rate."""
+    return lr
 
-    What is patched: where runs come from, the schedule (the learning rate is constant), and how
-    image features are encoded."""
-    script, clip = importlib.import_module(config["method"]), small_clip(config["clip"])
+
+def follow(config, learning_rate=constant, clip=None):
+    """The training of `config` by its script's main(): made-up CLIP (or another), batch and start.
+
+    What is patched: where runs come from, the schedule, and how image features are encoded."""
+    script, clip = importlib.import_module(config["method"]), clip or small_clip(config["clip"])
     restore, template = config["method"] == "restore", config.get("template", "a photo of a {}.")
     x, y = images(config), torch.tensor(config["labels"])
     with torch.no_grad():
         f = F.normalize(clip.model.encode_image(x), dim=-1)
     rows = torch.arange(len(y))
     batches = [(x, y, rows, 0 * rows)] * config["steps"] if restore else [(f, y)]
-    found = {"log": [], "gradients": []}
+    found = {"log": [], "gradients": [], "buffers": []}
 
     def logits(prompt):
         with torch.no_grad():
@@ -143,6 +161,8 @@ def follow(config):
 
     def runs(_, args):
         run = made_up_run(clip, config["classnames"], template, batches, args)
+        run.shots, run.data.name = config.get("shots", 1), config.get("dataset", "made up")
+        run.features, run.labels = f[:, None], y                        # (B, V = 1, D), (B,)
         if config["method"] == "prograd":
             run.data.template = "{}, which ProGrad's own template is not."
         note = run.log
@@ -150,6 +170,8 @@ def follow(config):
         def log(epoch, **values):
             named = found["prompt"].named_parameters()
             found["gradients"].append({name: p.grad.clone() for name, p in named})
+            held = found["prompt"].named_buffers()
+            found["buffers"].append({name: x.clone() for name, x in held})
             found["log"].append({k: torch.as_tensor(value).detach() for k, value in values.items()})
             note(epoch, **values)
 
@@ -160,6 +182,7 @@ def follow(config):
     train = script.train
 
     def started(prompt, run, args):
+        found["made"] = {name: p.detach().clone() for name, p in prompt.named_parameters()}
         with torch.no_grad():
             if restore:
                 for name, p in prompt.named_parameters():
@@ -180,7 +203,7 @@ def follow(config):
         argv = [f"{config['method']}.py", *flags(config), "--device", "cpu"]
         patched = [(sys, "argv", [*argv, "--out", f"{folder}/results.jsonl"]),
                    (script, "train", started), (common, "runs", runs),
-                   (common, "learning_rate", lambda epoch, epochs, lr: lr),
+                   (common, "learning_rate", learning_rate),
                    (common, "encode_images", encode_images),
                    (common, "nearest_words", lambda *_: "")]
         for where, name, what in patched:
@@ -213,7 +236,7 @@ def write(file, config, arrays):
 
 def tokens(config):
     """The token numbers of what a port would need a tokenizer for."""
-    encode, words = open_clip.SimpleTokenizer().encode, config["context_words"]
+    encode, words = TOKENIZER.encode, config["context_words"]
     names = [name.replace("_", " ") for name in config["classnames"]]
     found = {"start_of_text": 49406, "end_of_text": 49407,
              "names_with_full_stop": [encode(f"{name}.") for name in names],
