@@ -36,7 +36,7 @@ from tqdm import tqdm
 from data import backbone, checks, predict, records, sweep, text_tower
 from data.files import CATALOGUE, Data, Item, known, load_data
 from data.images import cached, content_digests, image_key, load_pixels
-from data.text_tower import check_length, in_chunks, pad
+from data.text_tower import check_length, in_chunks, nearest_words, pad
 from data.text_tower import feature as text_feature
 
 HERE = Path(__file__).resolve().parent
@@ -317,7 +317,7 @@ def encode_text(clip, prompts):
 def plain_encode_text(clip, prompts):
     """encode_text as one would write it down; a test holds the two together.
 
-    CLIP pads to 77 tokens. The tower is causal: what stands behind the end token changes nothing.
+    CLIP pads to 77 tokens. The tower is causal: what stands behind the end changes nothing.
 
     For porters: pre-norm blocks, x += attention(ln_1(x)), x += mlp(ln_2(x)); q, k, v packed in this
     order in in_proj_weight (3 W, W); heads scaled by the root of their width; a causal mask; eps of
@@ -333,24 +333,11 @@ def plain_encode_text(clip, prompts):
 
 @torch.no_grad()
 def template_features(clip, template, classnames):
-    """CLIP's zero-shot classifier: class features of a written prompt, "a photo of a {}.": (C, D)."""
+    """CLIP's zero-shot classifier, class features of "a photo of a {}." or the like: (C, D)."""
     start, end = start_end(clip)
     texts = [template.format(classname.replace("_", " ")) for classname in classnames]
     with clip.autocast():
         return encode_text(clip, [[start, embed(clip, text), end] for text in texts])
-
-
-@torch.no_grad()
-def nearest_words(clip, v):
-    """The vocabulary's nearest word to every context vector, v (..., M, W): one string.
-
-    CoOp's paper, table 4."""
-    table = clip.text.token_embedding.weight.float()
-    unmet = table.abs().sum(-1) == 0        # the tiny CLIP has met only a few words
-    tokens = []
-    for some in v.flatten(0, -2).split(64):
-        tokens += torch.cdist(some.float(), table).masked_fill(unmet, math.inf).argmin(-1).tolist()
-    return " ".join(clip.tokenizer.decoder[token].replace("</w>", "") for token in tokens)
 
 
 # ---------------------------------------------------------------- the training's schedule
@@ -369,7 +356,7 @@ def learning_rate(epoch, epochs, lr):
     return 1e-5 if epoch == 0 else lr * (1 + math.cos(math.pi * (epoch - 1) / epochs)) / 2
 
 
-# ---------------------------------------------------------------- a run: its batches and its evaluation
+# ---------------------------------------------------------------- batches and evaluation
 
 # What is tested: the pictures' features (N, D), and the written template's class features (C, D).
 Part = namedtuple("Part", "name items classnames features zero_shot")

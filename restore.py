@@ -11,7 +11,7 @@ The towers, with n prompt tokens put into each of their first D blocks
     X_0 = [start, "a photo of a", name_c, ".", end] + positions
     X_l = text block l of [start, P_l, what follows token n in X_(l-1)]           Prompt.encode_text
     Y_0 = [class token, patches of the image] + positions
-    Y_l = vision block l of [Y_(l-1) less its prompt tokens, Q_l]                 Prompt.encode_image
+    Y_l = vision block l of [Y_(l-1) less its prompt tokens, Q_l]                Prompt.encode_image
     t_c = text feature of X at the end token,  i(x) = image feature of Y at the class token
 
 The loss
