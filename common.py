@@ -46,8 +46,10 @@ progress = functools.partial(tqdm, disable=None, leave=False)   # no bar without
 
 # ---------------------------------------------------------------- flags
 
-def flags(doc, lr, batch_size, n_ctx):
-    """A parser with the flags of every method; a method adds its own, then calls `parse`."""
+def flags(doc, lr, batch_size, n_ctx, embedded_lr=None):
+    """A parser with the flags of every method; a method adds its own, then calls `parse`.
+
+    The embedded data sets, with their tiny CLIP, may have another learning rate."""
     p = Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter,
                allow_abbrev=False)
     add, count = p.add_argument, number(int, 1, low_ok=True)
@@ -75,7 +77,9 @@ def flags(doc, lr, batch_size, n_ctx):
         help=f"learned context tokens ({n_ctx})")
     add("--epochs", type=count, metavar="N",
         help="passes over the training images (the docstring says how many)")
-    add("--lr", type=number(), default=lr, help=f"learning rate of SGD ({lr})")
+    also = f"; embedded data: {embedded_lr}" if embedded_lr else ""
+    add("--lr", type=number(), help=f"learning rate of SGD ({lr}{also})")
+    p.learning_rates = lr, embedded_lr or lr
     add("--batch-size", type=count, default=batch_size, metavar="N",
         help=f"training images per step ({batch_size})")
     add("--views", type=number(int, 0, 2**20, low_ok=True), default=10, metavar="N",
@@ -108,6 +112,7 @@ def parse(parser, argv=None):
                     if value != parser.get_default(name)}
     embedded = CATALOGUE.get(args.dataset, {}).get("kind") == "world"
     args.backbone = args.backbone or (TINY_CLIP if embedded else "ViT-B-16")
+    args.lr = args.lr or parser.learning_rates[embedded]
     if args.pretrained and args.backbone.startswith("local-dir:"):
         raise Problem(f"--pretrained {args.pretrained}: {args.backbone} holds its own weights")
     if args.template is not None and args.template.count("{}") != 1:
