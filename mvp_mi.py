@@ -20,7 +20,8 @@ The model
     L_img  = -log softmax_c'(T(w_c', f~))_y~, mean over f~      InfoNCE [O]         train
     L      = -log p(y|x), mean over the batch and the f~ [O],
              + lambda L_view + mu L_img                                             train
-    I(w;h) >= log C - L_view,  I(w;f~) >= log C - L_img         the bounds, in nats train
+    Sums, softmaxes and pairs run over the C classes that are learned, and L_img over all pairs of
+    a mixed feature and a class.
 
     x, y   an image and its label, one of the C classes that are learned
     f(x)   the feature that CLIP's image tower gives it, D numbers, of length 1
@@ -29,11 +30,20 @@ The model
            N(0, 0.02^2), and are shared by all classes (--class-specific: M of them for each class)
     name_c the word embeddings of the class name; it can also stand in the middle or in front
     tau    CLIP's logit scale (100 in OpenAI's models)
-    f~     two for each class in a batch (--augment): i, j any two training images (one of their
-           crops) of that class, u uniform in [0, 1] (Beta(1, 1)), then brought to length 1
-    A, B   learned (D, D) maps that start at the identity, t a learned temperature that starts at
-           0.07; --critic cosine leaves them there
-    lambda, mu   the weights (--mi-weight, --image-weight)
+    f~     two for each class in a batch: i, j any two training images (one of their ten crops) of
+           that class, u uniform in [0, 1], that is Beta(1, 1); then brought to length 1
+    A, B   (D, D) maps, learned with v, that start as the identity; t starts at 0.07 and is learned
+           as log t. At the start T is the cosine over 0.07, and with --critic cosine it stays so
+    lambda = 1, mu = 1
+
+What is the mutual information of, if both views are fixed by the class? Of the class itself: draw c
+at random, then I(w; h) is log C as soon as no two classes share a feature. There is nothing to gain
+in it, only in what an estimator can read of it: log C - L_view <= I(w; h) for any T, and how far it
+stays below says how well each view tells, through T, which class the other one means. So the
+estimator decides how hard the term pulls. A fixed t asks for a margin between the classes and goes
+on pulling; a learned critic sharpens (t falls) until the bound is log C, and then its gradient, and
+with it the regularisation, is gone. I(w; f~) is limited by the images, and its bound is not so soon
+reached. Both bounds are recorded, in nats (python common.py --plot).
 
 The update, once for each batch, with G = dL/dv
     u <- 0.9 u + G + 0.0005 v,  v <- v - r u                    SGD: momentum, weight decay
@@ -43,11 +53,15 @@ The update, once for each batch, with G = dL/dv
     is not used. Of every image ten random crops are encoded before the training, and one of the
     ten is drawn whenever the image is used (--views 0: a new crop every time).
 
-The test: argmax_c f(x) . w_c, for images resized as CLIP itself does, without a random crop.
+The test: argmax_c f(x) . w'_c, for images resized as CLIP itself does, without a random crop, with
+    w'_c = w_c for classes that were learned, else (w_c + h_c) / |w_c + h_c|  Prompt.class_features
+A prompt knows nothing of classes that it has not seen, the template does: that is our decision [O],
+made on validation images, as an average over the embedded data sets. --classifier soft takes w_c
+for all classes, mean the other for all. For --transfer, too, h_c is of the template of --dataset.
 
-Try first:  python coop.py                              4 shots on the embedded data set
-            python coop.py --base-to-new --shots 16     what it costs on classes not learned
-            python coop.py --ctx-init "a photo of a"    start from words instead of noise
+Try first:  python mvp_mi.py --base-to-new --shots 16       compare with coop.py's
+            python mvp_mi.py --base-to-new --shots 16 --mi-weight 0 --image-weight 0
+            python mvp_mi.py --mi-weight 0 --image-weight 0 --augment 0 --classifier soft   is CoOp
 """
 
 import common  # first: Ctrl-C while the libraries load ends in one line
@@ -149,18 +163,18 @@ def train(prompt, run, args):
         for f, y in run.batches(epoch):                                 # (B, D), (B)
             with clip.autocast():
                 w = prompt(names)                                       # (C, D)
-            l_view, l_img = info_nce(critic(w, h)), torch.zeros(())
+            log_c, l_view, l_img = math.log(len(w)), info_nce(critic(w, h)), 0
             if args.augment:
                 f_mix, y_mix = mixup(run.features, run.labels, y, args.augment, rng)
                 l_img = F.cross_entropy(critic(w, f_mix).T, y_mix)
                 f, y = torch.cat([f, f_mix]), torch.cat([y, y_mix])     # (B + m, D), (B + m,)
+                run.log(epoch, image_bound=log_c - l_img)
             logits = clip.logit_scale * f @ w.T                         # (B + m, C)
             loss = F.cross_entropy(logits, y) + args.mi_weight * l_view + args.image_weight * l_img
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            log_c = math.log(len(w))
-            run.log(epoch, loss=loss, bound=log_c - l_view, image_bound=log_c - l_img)
+            run.log(epoch, loss=loss, bound=log_c - l_view)
 
 
 def main():

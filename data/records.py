@@ -187,5 +187,5 @@ def load(run, prompt):
         raise Problem(f"{file}: holds {found}, "
                       f"the flags given here (and the classes) ask for {wanted}")
     prompt.load_state_dict(tensors)
-    if hasattr(prompt, "learned"):      # MVP-MI treats classes that it has learned in another way
+    if getattr(prompt, "learned", None):    # MVP-MI treats classes that it has learned in another way
         prompt.learned = set(learned.get("classes", []))
