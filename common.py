@@ -33,7 +33,7 @@ from torchvision.transforms import (
     Compose, InterpolationMode, RandomHorizontalFlip, RandomResizedCrop)
 from tqdm import tqdm
 
-from data import backbone, checks, predict, records, sweep, text_tower
+from data import backbone, checks, export, predict, records, sweep, text_tower
 from data.files import CATALOGUE, Data, Item, known, load_data
 from data.images import cached, content_digests, image_key, load_pixels
 from data.text_tower import check_length, in_chunks, nearest_words, pad
@@ -96,6 +96,8 @@ def flags(doc, lr, batch_size, n_ctx, embedded_lr=None):
     add("--again", action="store_true", help="repeat runs that --out has already")
     add("--save", metavar="FILE",
         help="keep what was learned; of several runs: 'ctx-{shots}-{seed}.safetensors'")
+    add("--export", metavar="FILE",
+        help="the run as safetensors, to repeat it in another framework (see data/export.py)")
     add("--load", metavar="FILE", help="do not train, test what this file holds")
     add("--predict", nargs="+", default=[], metavar="FILE", help="pictures to name the class of")
     return p
@@ -144,6 +146,8 @@ def runs(script, args, features=True):
     share. All pictures are encoded, so found to be there and whole, before a training. Raises
     Problem where the data set cannot serve the protocol."""
     mine, processes = sweep.rank()
+    if args.export:
+        export.check(args, features)
     data = load_data(args.dataset, args.data_root, args.template)
     others = [load_data(name, args.data_root) for name in args.transfer]
     if args.skip_unreadable:
@@ -491,6 +495,10 @@ class Run:
         rows = {part.name: self.evaluate(prompt, part) for part in self.parts}
         if self.args.save and not self.args.load:
             records.save(self, prompt)
+        if self.args.export:
+            epochs = len(self.history()["loss"])
+            rates = [learning_rate(epoch, epochs, self.args.lr) for epoch in range(epochs)]
+            export.write(self, prompt, rates, rows)
         record = records.add(self, prompt, rows, trained, more)  # before printing, which may fail
         self.clip.seconds = 0
         sweep.show(self.job.title, record)

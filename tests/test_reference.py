@@ -75,7 +75,7 @@ def test_restore_goes_the_way_of_the_reference(file):
             close(getattr(training, entry), arrays[entry], 1e-3, entry)
     close_log(training.log, arrays["log"], ["loss", "consistency"])
     if config["shift"] == "gram":
-        found = torch.stack([gram.mean() for gram in end.gram()])
+        found = torch.stack([norms.mean() for norms in end.gram_norms()])
         close(found, [config["gram_text_final"], config["gram_visual_final"]], 1e-3, "Gram norms")
     before = torch.tensor([config["blend_text"], config["blend_visual"]])
     after = torch.tensor([config["blend_text_after"], config["blend_visual_after"]])

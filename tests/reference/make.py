@@ -159,7 +159,7 @@ def follow(config, learning_rate=constant, clip=None):
             features = F.normalize(prompt.image_features(x), dim=-1) if restore else f
             return clip.logit_scale * features @ prompt.class_features(config["classnames"]).T
 
-    def runs(_, args):
+    def runs(_, args, **__):
         run = made_up_run(clip, config["classnames"], template, batches, args)
         run.shots, run.data.name = config.get("shots", 1), config.get("dataset", "made up")
         run.features, run.labels = f[:, None], y                        # (B, V = 1, D), (B,)
@@ -188,7 +188,8 @@ def follow(config, learning_rate=constant, clip=None):
                 for name, p in prompt.named_parameters():
                     if name != "text_prompts.0":
                         p.copy_(restore_start(name, tuple(p.shape)))
-                prompt.gram_at_start = [gram.detach() for gram in prompt.gram()]
+                if config["shift"] == "gram":
+                    prompt.gram_at_start = [norms.detach() for norms in prompt.gram_norms()]
             elif config["context_seed"] is not None:
                 prompt.v.copy_(noise(config["context_seed"], tuple(prompt.v.shape)))
         named = prompt.named_parameters()
