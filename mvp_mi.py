@@ -163,18 +163,19 @@ def train(prompt, run, args):
         for f, y in run.batches(epoch):                                 # (B, D), (B)
             with clip.autocast():
                 w = prompt(names)                                       # (C, D)
-            log_c, l_view, l_img = math.log(len(w)), info_nce(critic(w, h)), 0
+            l_view, l_img = info_nce(critic(w, h)), 0
+            bounds = {"bound": math.log(len(w)) - l_view}
             if args.augment:
                 f_mix, y_mix = mixup(run.features, run.labels, y, args.augment, rng)
                 l_img = F.cross_entropy(critic(w, f_mix).T, y_mix)
                 f, y = torch.cat([f, f_mix]), torch.cat([y, y_mix])     # (B + m, D), (B + m,)
-                run.log(epoch, image_bound=log_c - l_img)
+                bounds["image_bound"] = math.log(len(w)) - l_img
             logits = clip.logit_scale * f @ w.T                         # (B + m, C)
             loss = F.cross_entropy(logits, y) + args.mi_weight * l_view + args.image_weight * l_img
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            run.log(epoch, loss=loss, bound=log_c - l_view)
+            run.log(epoch, loss=loss, **bounds)
 
 
 def main():

@@ -52,7 +52,7 @@ DEFAULTS = {
     "coop": CONTEXT,
     "prograd": {**CONTEXT, "projection": 1.0, "temperature": 1.0},
     "mvp_mi": CONTEXT,
-    "restore": {**SHARED, "lr": 0.0035, "batch_size": 4, "n_ctx": 2, "ctx_init": "a photo of a",
+    "restore": {**SHARED, "lr": 0.0005, "batch_size": 4, "n_ctx": 2, "ctx_init": "a photo of a",
                 "depth": 9, "prompts": "independent", "towers": "both", "shift": "features",
                 "shift_weight": 10.0, "blend": 0.1},
 }
