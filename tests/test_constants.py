@@ -21,8 +21,8 @@ CoOp, ProGrad and MVP-MI
 ProGrad             lambda 1, T 1, L_g times T^2, the test on the sign of the dot product, the
                     teacher from its own template                         (prograd_*.npz)
 RESTORE
-    defaults        lr 0.0035, batch 4, 2 tokens in 9 blocks, 10 epochs, "a photo of a", gamma 10,
-                    blends 0.1
+    defaults        lr 0.0035 (embedded sets 0.0005), batch 4, 2 tokens in 9 blocks, 10 epochs,
+                    "a photo of a", gamma 10, blends 0.1
     start           noise of 0.02, the first words; the surgery changes nothing
     surgery         z + down(QuickGELU(up(norm(z)))), four times as wide  (restore_*.npz)
     blends          grow once, after epoch E // 3, by 0.02 and 0.005 of the shift
