@@ -34,7 +34,7 @@ The model
            that class, u uniform in [0, 1], that is Beta(1, 1); then brought to length 1
     A, B   (D, D) maps, learned with v, that start as the identity; t starts at 0.07 and is learned
            as log t. At the start T is the cosine over 0.07, and with --critic cosine it stays so
-    lambda = 4, mu = 1: the best H of a few (0, 1, 4, 16; t 0.07, 0.3, 1) on validation images, as an
+    lambda = 4, mu = 1: the best H of a few (0, 1, 4, 16; t 0.07, 0.3, 1) on validation images, an
            average over the embedded data sets, like the choice of w'_c below
 
 What is the mutual information of, if both views are fixed by the class? Of the class itself: draw c
