@@ -177,8 +177,6 @@ def test_loading_what_is_not_a_prompt(cli, tmp_path):
     refused(cli("coop", load=tmp_path), str(tmp_path))
 
 
-
-
 def test_ctrl_c(cli, monkeypatch):
     def interrupted(*_):
         raise KeyboardInterrupt
