@@ -33,10 +33,10 @@ from torchvision.transforms import (
     Compose, InterpolationMode, RandomHorizontalFlip, RandomResizedCrop)
 from tqdm import tqdm
 
-from data import backbone, checks, predict, records, sweep, text_tower
+from data import backbone, checks, export, predict, records, sweep, text_tower
 from data.files import CATALOGUE, Data, Item, known, load_data
 from data.images import cached, content_digests, image_key, load_pixels
-from data.text_tower import check_length, in_chunks, pad
+from data.text_tower import check_length, in_chunks, nearest_words, pad
 from data.text_tower import feature as text_feature
 
 HERE = Path(__file__).resolve().parent
@@ -46,8 +46,10 @@ progress = functools.partial(tqdm, disable=None, leave=False)   # no bar without
 
 # ---------------------------------------------------------------- flags
 
-def flags(doc, lr, batch_size, n_ctx):
-    """A parser with the flags of every method; a method adds its own, then calls `parse`."""
+def flags(doc, lr, batch_size, n_ctx, embedded_lr=None):
+    """A parser with the flags of every method; a method adds its own, then calls `parse`.
+
+    The embedded data sets, with their tiny CLIP, may have another learning rate."""
     p = Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter,
                allow_abbrev=False)
     add, count = p.add_argument, number(int, 1, low_ok=True)
@@ -75,7 +77,9 @@ def flags(doc, lr, batch_size, n_ctx):
         help=f"learned context tokens ({n_ctx})")
     add("--epochs", type=count, metavar="N",
         help="passes over the training images (the docstring says how many)")
-    add("--lr", type=number(), default=lr, help=f"learning rate of SGD ({lr})")
+    also = f"; embedded data: {embedded_lr}" if embedded_lr else ""
+    add("--lr", type=number(), help=f"learning rate of SGD ({lr}{also})")
+    p.learning_rates = lr, embedded_lr or lr
     add("--batch-size", type=count, default=batch_size, metavar="N",
         help=f"training images per step ({batch_size})")
     add("--views", type=number(int, 0, 2**20, low_ok=True), default=10, metavar="N",
@@ -92,6 +96,8 @@ def flags(doc, lr, batch_size, n_ctx):
     add("--again", action="store_true", help="repeat runs that --out has already")
     add("--save", metavar="FILE",
         help="keep what was learned; of several runs: 'ctx-{shots}-{seed}.safetensors'")
+    add("--export", metavar="FILE",
+        help="the run as safetensors, to repeat it in another framework (see data/export.py)")
     add("--load", metavar="FILE", help="do not train, test what this file holds")
     add("--predict", nargs="+", default=[], metavar="FILE", help="pictures to name the class of")
     return p
@@ -108,6 +114,7 @@ def parse(parser, argv=None):
                     if value != parser.get_default(name)}
     embedded = CATALOGUE.get(args.dataset, {}).get("kind") == "world"
     args.backbone = args.backbone or (TINY_CLIP if embedded else "ViT-B-16")
+    args.lr = args.lr or parser.learning_rates[embedded]
     if args.pretrained and args.backbone.startswith("local-dir:"):
         raise Problem(f"--pretrained {args.pretrained}: {args.backbone} holds its own weights")
     if args.template is not None and args.template.count("{}") != 1:
@@ -139,6 +146,8 @@ def runs(script, args, features=True):
     share. All pictures are encoded, so found to be there and whole, before a training. Raises
     Problem where the data set cannot serve the protocol."""
     mine, processes = sweep.rank()
+    if args.export:
+        export.check(args, features)
     data = load_data(args.dataset, args.data_root, args.template)
     others = [load_data(name, args.data_root) for name in args.transfer]
     if args.skip_unreadable:
@@ -317,7 +326,7 @@ def encode_text(clip, prompts):
 def plain_encode_text(clip, prompts):
     """encode_text as one would write it down; a test holds the two together.
 
-    CLIP pads to 77 tokens. The tower is causal: what stands behind the end token changes nothing.
+    CLIP pads to 77 tokens. The tower is causal: what stands behind the end changes nothing.
 
     For porters: pre-norm blocks, x += attention(ln_1(x)), x += mlp(ln_2(x)); q, k, v packed in this
     order in in_proj_weight (3 W, W); heads scaled by the root of their width; a causal mask; eps of
@@ -333,24 +342,11 @@ def plain_encode_text(clip, prompts):
 
 @torch.no_grad()
 def template_features(clip, template, classnames):
-    """CLIP's zero-shot classifier: class features of a written prompt, "a photo of a {}.": (C, D)."""
+    """CLIP's zero-shot classifier, class features of "a photo of a {}." or the like: (C, D)."""
     start, end = start_end(clip)
     texts = [template.format(classname.replace("_", " ")) for classname in classnames]
     with clip.autocast():
         return encode_text(clip, [[start, embed(clip, text), end] for text in texts])
-
-
-@torch.no_grad()
-def nearest_words(clip, v):
-    """The vocabulary's nearest word to every context vector, v (..., M, W): one string.
-
-    CoOp's paper, table 4."""
-    table = clip.text.token_embedding.weight.float()
-    unmet = table.abs().sum(-1) == 0        # the tiny CLIP has met only a few words
-    tokens = []
-    for some in v.flatten(0, -2).split(64):
-        tokens += torch.cdist(some.float(), table).masked_fill(unmet, math.inf).argmin(-1).tolist()
-    return " ".join(clip.tokenizer.decoder[token].replace("</w>", "") for token in tokens)
 
 
 # ---------------------------------------------------------------- the training's schedule
@@ -369,7 +365,7 @@ def learning_rate(epoch, epochs, lr):
     return 1e-5 if epoch == 0 else lr * (1 + math.cos(math.pi * (epoch - 1) / epochs)) / 2
 
 
-# ---------------------------------------------------------------- a run: its batches and its evaluation
+# ---------------------------------------------------------------- batches and evaluation
 
 # What is tested: the pictures' features (N, D), and the written template's class features (C, D).
 Part = namedtuple("Part", "name items classnames features zero_shot")
@@ -499,6 +495,10 @@ class Run:
         rows = {part.name: self.evaluate(prompt, part) for part in self.parts}
         if self.args.save and not self.args.load:
             records.save(self, prompt)
+        if self.args.export:
+            epochs = len(self.history()["loss"])
+            rates = [learning_rate(epoch, epochs, self.args.lr) for epoch in range(epochs)]
+            export.write(self, prompt, rates, rows)
         record = records.add(self, prompt, rows, trained, more)  # before printing, which may fail
         self.clip.seconds = 0
         sweep.show(self.job.title, record)

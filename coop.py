@@ -17,16 +17,16 @@ The model
     g      CLIP's text tower: the feature that it reads at the end token, of length 1
     v_m    the learned context, M = 16 vectors as wide as word embeddings (W); they start as noise,
            N(0, 0.02^2), and are shared by all classes (--class-specific: M of them for each class)
-    name_c the word embeddings of the class name; it can also stand in the middle or in front
+    name_c the word embeddings of the class name (--position: or between the halves of v, or before)
     tau    CLIP's logit scale (100 in OpenAI's models)
 
 The update, once for each batch, with G = dL/dv
-    u <- 0.9 u + G + 0.0005 v,  v <- v - r u                    SGD: momentum, weight decay
-    r = 1e-5 in the first epoch, e = 0; then lr (1 + cos(pi (e - 1) / E)) / 2 of e = 1, ..., E - 1
-    with lr = 0.002 and E = 50, 100, 200 epochs for 1, 2 to 4, 8 or more shots (ImageNet: 50)
-    A batch is 32 of the training images, in random order; what is left over at the end of an epoch
-    is not used. Of every image ten random crops are encoded before the training, and one of the
-    ten is drawn whenever the image is used (--views 0: a new crop every time).
+    u <- 0.9 u + G + 0.0005 v,  v <- v - r u       SGD: momentum (u = 0 at first), weight decay
+    r = 1e-5 in epoch e = 0; in epochs e = 1, ..., E - 1 it is lr (1 + cos(pi (e - 1) / E)) / 2
+    with lr = 0.002 and E = 50, 100, 200 epochs for 1, 2 to 7, 8 or more shots (ImageNet: 50)
+    A batch is 32 of the training images, in random order; the last one of an epoch is not used if
+    it is smaller, unless it is the only one. Of every image ten random crops are encoded before
+    the training; one of the ten is drawn whenever it is used (--views 0: a new crop every time).
 
 The test: argmax_c f(x) . w_c, for images resized as CLIP itself does, without a random crop.
 
@@ -50,7 +50,7 @@ class Prompt(torch.nn.Module):
         self.v = torch.nn.Parameter(v)
 
     def forward(self, names):
-        """Class features w (C, D). names: per class the embeddings of its name and of the "."."""
+        """Class features w (C, D). names: embeddings of name_c and of the "." for each class."""
         start, end = common.start_end(self.clip)                        # (1, W) each
         prompts = []
         for c, (name, dot) in enumerate(names):                         # (l, W) and (1, W)
@@ -69,7 +69,7 @@ class Prompt(torch.nn.Module):
 
 
 def first_context(run, args):
-    """Where v starts: noise, or the embeddings of words, whose number is M then."""
+    """Where v starts: noise, or the embeddings of words; M is then the number of their tokens."""
     clip = run.clip
     copies = [len(run.classnames)] if args.class_specific else []
     if args.ctx_init:
@@ -100,7 +100,7 @@ def train(prompt, run, args):
 def main():
     parser = common.flags(__doc__, lr=0.002, batch_size=32, n_ctx=16)
     parser.add_argument("--ctx-init", type=common.words, default="", metavar="WORDS",
-                        help="start from these words, whose number replaces --n-ctx (noise)")
+                        help="start from these words, which replace --n-ctx (noise)")
     parser.add_argument("--class-specific", action="store_true",
                         help="learn one context per class instead of one for all")
     parser.add_argument("--position", choices=["end", "middle", "front"], default="end",

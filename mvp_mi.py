@@ -20,34 +20,48 @@ The model
     L_img  = -log softmax_c'(T(w_c', f~))_y~, mean over f~      InfoNCE [O]         train
     L      = -log p(y|x), mean over the batch and the f~ [O],
              + lambda L_view + mu L_img                                             train
-    I(w;h) >= log C - L_view,  I(w;f~) >= log C - L_img         the bounds, in nats train
+    Sums, softmaxes and pairs run over the C classes that are learned, and L_img over all pairs of
+    a mixed feature and a class.
 
     x, y   an image and its label, one of the C classes that are learned
     f(x)   the feature that CLIP's image tower gives it, D numbers, of length 1
     g      CLIP's text tower: the feature that it reads at the end token, of length 1
     v_m    the learned context, M = 16 vectors as wide as word embeddings (W); they start as noise,
            N(0, 0.02^2), and are shared by all classes (--class-specific: M of them for each class)
-    name_c the word embeddings of the class name; it can also stand in the middle or in front
+    name_c the word embeddings of the class name (--position: or between the halves of v, or before)
     tau    CLIP's logit scale (100 in OpenAI's models)
-    f~     two for each class in a batch (--augment): i, j any two training images (one of their
-           crops) of that class, u uniform in [0, 1] (Beta(1, 1)), then brought to length 1
-    A, B   learned (D, D) maps that start at the identity, t a learned temperature that starts at
-           0.07; --critic cosine leaves them there
-    lambda, mu   the weights (--mi-weight, --image-weight)
+    f~     two for each class in a batch: i, j any two training images (one of their ten crops) of
+           that class, u uniform in [0, 1], that is Beta(1, 1); then brought to length 1
+    A, B   (D, D) maps, learned with v, that start as the identity; t starts at 0.07 and is learned
+           as log t. At the start T is the cosine over 0.07, and with --critic cosine it stays so
+    lambda = 1, mu = 1
+
+What is the mutual information of, if both views are fixed by the class? Of the class itself: draw c
+at random, then I(w; h) is log C as soon as no two classes share a feature. There is nothing to gain
+in it, only in what an estimator can read of it: log C - L_view <= I(w; h) for any T, and how far it
+stays below says how well each view tells, through T, which class the other one means. So the
+estimator decides how hard the term pulls. A fixed t asks for a margin between the classes and goes
+on pulling; a learned critic sharpens (t falls) until the bound is log C, and then its gradient, and
+with it the regularisation, is gone. I(w; f~) is limited by the images, and its bound is not so soon
+reached. Both bounds are recorded, in nats (python common.py --plot).
 
 The update, once for each batch, with G = dL/dv
-    u <- 0.9 u + G + 0.0005 v,  v <- v - r u                    SGD: momentum, weight decay
-    r = 1e-5 in the first epoch, e = 0; then lr (1 + cos(pi (e - 1) / E)) / 2 of e = 1, ..., E - 1
-    with lr = 0.002 and E = 50, 100, 200 epochs for 1, 2 to 4, 8 or more shots (ImageNet: 50)
-    A batch is 32 of the training images, in random order; what is left over at the end of an epoch
-    is not used. Of every image ten random crops are encoded before the training, and one of the
-    ten is drawn whenever the image is used (--views 0: a new crop every time).
+    u <- 0.9 u + G + 0.0005 v,  v <- v - r u       SGD: momentum (u = 0 at first), weight decay
+    r = 1e-5 in epoch e = 0; in epochs e = 1, ..., E - 1 it is lr (1 + cos(pi (e - 1) / E)) / 2
+    with lr = 0.002 and E = 50, 100, 200 epochs for 1, 2 to 7, 8 or more shots (ImageNet: 50)
+    A batch is 32 of the training images, in random order; the last one of an epoch is not used if
+    it is smaller, unless it is the only one. Of every image ten random crops are encoded before
+    the training; one of the ten is drawn whenever it is used (--views 0: a new crop every time).
 
-The test: argmax_c f(x) . w_c, for images resized as CLIP itself does, without a random crop.
+The test: argmax_c f(x) . w'_c, for images resized as CLIP itself does, without a random crop, with
+    w'_c = w_c for classes that were learned, else (w_c + h_c) / |w_c + h_c|  Prompt.class_features
+A prompt knows nothing of classes that it has not seen, the template does: that is our decision [O],
+made on validation images, as an average over the embedded data sets. --classifier soft takes w_c
+for all classes, mean the other for all. For --transfer, too, h_c is of the template of --dataset.
 
-Try first:  python coop.py                              4 shots on the embedded data set
-            python coop.py --base-to-new --shots 16     what it costs on classes not learned
-            python coop.py --ctx-init "a photo of a"    start from words instead of noise
+Try first:  python mvp_mi.py --base-to-new --shots 16       compare with coop.py's
+            python mvp_mi.py --base-to-new --shots 16 --mi-weight 0 --image-weight 0
+            python mvp_mi.py --mi-weight 0 --image-weight 0 --augment 0 --classifier soft   is CoOp
 """
 
 import common  # first: Ctrl-C while the libraries load ends in one line
@@ -68,7 +82,7 @@ class Prompt(torch.nn.Module):
         self.v = torch.nn.Parameter(v)
 
     def forward(self, names):
-        """Class features w (C, D). names: per class the embeddings of its name and of the "."."""
+        """Class features w (C, D). names: embeddings of name_c and of the "." for each class."""
         start, end = common.start_end(self.clip)                        # (1, W) each
         prompts = []
         for c, (name, dot) in enumerate(names):                         # (l, W) and (1, W)
@@ -92,7 +106,7 @@ class Prompt(torch.nn.Module):
 
 
 def first_context(run, args):
-    """Where v starts: noise, or the embeddings of words, whose number is M then."""
+    """Where v starts: noise, or the embeddings of words; M is then the number of their tokens."""
     clip = run.clip
     copies = [len(run.classnames)] if args.class_specific else []
     if args.ctx_init:
@@ -149,24 +163,25 @@ def train(prompt, run, args):
         for f, y in run.batches(epoch):                                 # (B, D), (B)
             with clip.autocast():
                 w = prompt(names)                                       # (C, D)
-            l_view, l_img = info_nce(critic(w, h)), torch.zeros(())
+            l_view, l_img = info_nce(critic(w, h)), 0
+            bounds = {"bound": math.log(len(w)) - l_view}
             if args.augment:
                 f_mix, y_mix = mixup(run.features, run.labels, y, args.augment, rng)
                 l_img = F.cross_entropy(critic(w, f_mix).T, y_mix)
                 f, y = torch.cat([f, f_mix]), torch.cat([y, y_mix])     # (B + m, D), (B + m,)
+                bounds["image_bound"] = math.log(len(w)) - l_img
             logits = clip.logit_scale * f @ w.T                         # (B + m, C)
             loss = F.cross_entropy(logits, y) + args.mi_weight * l_view + args.image_weight * l_img
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            log_c = math.log(len(w))
-            run.log(epoch, loss=loss, bound=log_c - l_view, image_bound=log_c - l_img)
+            run.log(epoch, loss=loss, **bounds)
 
 
 def main():
     parser = common.flags(__doc__, lr=0.002, batch_size=32, n_ctx=16)
     parser.add_argument("--ctx-init", type=common.words, default="", metavar="WORDS",
-                        help="start from these words, whose number replaces --n-ctx (noise)")
+                        help="start from these words, which replace --n-ctx (noise)")
     parser.add_argument("--class-specific", action="store_true",
                         help="learn one context per class instead of one for all")
     parser.add_argument("--position", choices=["end", "middle", "front"], default="end",

@@ -1,4 +1,4 @@
-"""ProGrad: learn the words around the class name, but never against what the written prompt knows.
+"""ProGrad: learn the words around the class name, but not against what the written prompt knows.
 
 Paper: Zhu, Niu, Han, Wu, Zhang, "Prompt-aligned Gradient for Prompt Tuning", ICCV 2023,
 arXiv 2205.14865.
@@ -20,23 +20,25 @@ The model
     f(x)   the feature that CLIP's image tower gives it, D numbers, of length 1
     g      CLIP's text tower: the feature that it reads at the end token, of length 1
     v_m    the learned context, M = 16 vectors as wide as word embeddings (W); the last of them
-           start as the words before the name in ProGrad's own template, the others as zeros; they
-           are shared by all classes (--class-specific: M of them for each class)
-    name_c the word embeddings of the class name; it can also stand in the middle or in front
+           start as the words before the name in ProGrad's template of the data set, the others as
+           zeros, and are shared by all classes (--class-specific: M of them for each class)
+    name_c the word embeddings of the class name (--position: or between the halves of v, or before)
     tau    CLIP's logit scale (100 in OpenAI's models)
-    p_zs   the zero-shot prediction: softmax_c(tau f(x) . g(template of c)), the same template
-    lambda 1 takes all of a conflict out, 0 nothing (--projection)
-    L_g is KL(p_zs || p) but for the entropy of p_zs, which no gradient sees. It is not minimised:
-    it only vetoes. With --temperature T both of its logits are divided by T, and L_g is times T^2.
-    The dot products are over all numbers of v: one decision for the whole context, or all of them.
+    p_zs   the template's own prediction, zero-shot: softmax_c(tau f(x) . g(template of c))
+    lambda the share of a conflict that is removed: 1 all, 0 none (--projection)
+    L_g is KL(p_zs || p) plus the entropy of p_zs, which does not depend on v. It is not minimised,
+    it only vetoes: in a conflict G . G_g = (1 - lambda) G_d . G_g, so that with lambda = 1 a small
+    step along -G leaves L_g where it is. The dot products are over all numbers of v: one decision
+    for v, with --class-specific too. With --temperature T the logits in L_g are divided by T, and
+    L_g is times T^2. Words of the template that v does not take stay, frozen, before name_c.
 
-The update, once for each batch, with that G
-    u <- 0.9 u + G + 0.0005 v,  v <- v - r u                    SGD: momentum, weight decay
-    r = 1e-5 in the first epoch, e = 0; then lr (1 + cos(pi (e - 1) / E)) / 2 of e = 1, ..., E - 1
-    with lr = 0.002 and E = 50, 100, 200 epochs for 1, 2 to 4, 8 or more shots (ImageNet: 50)
-    A batch is 32 of the training images, in random order; what is left over at the end of an epoch
-    is not used. Of every image ten random crops are encoded before the training, and one of the
-    ten is drawn whenever the image is used (--views 0: a new crop every time).
+The update, once for each batch, with that G: momentum and decay come after the projection
+    u <- 0.9 u + G + 0.0005 v,  v <- v - r u       SGD: momentum (u = 0 at first), weight decay
+    r = 1e-5 in epoch e = 0; in epochs e = 1, ..., E - 1 it is lr (1 + cos(pi (e - 1) / E)) / 2
+    with lr = 0.002 and E = 50, 100, 200 epochs for 1, 2 to 7, 8 or more shots (ImageNet: 50)
+    A batch is 32 of the training images, in random order; the last one of an epoch is not used if
+    it is smaller, unless it is the only one. Of every image ten random crops are encoded before
+    the training; one of the ten is drawn whenever it is used (--views 0: a new crop every time).
 
 The test: argmax_c f(x) . w_c, for images resized as CLIP itself does, without a random crop.
 
@@ -54,19 +56,20 @@ import torch.nn.functional as F
 class Prompt(torch.nn.Module):
     """The learned context v: (M, W), shared by all classes, or (C, M, W), class-specific."""
 
-    def __init__(self, clip, v, position="end", left_over=None):
+    def __init__(self, clip, v, position="end", left_over=()):
         super().__init__()
         self.clip, self.position = clip, position
-        self.left_over = v.new_empty(0, v.shape[-1]) if left_over is None else left_over
+        self.left_over = left_over      # embeddings (l, W) that stay before the name
         self.v = torch.nn.Parameter(v)
 
     def forward(self, names):
-        """Class features w (C, D). names: per class the embeddings of its name and of the "."."""
+        """Class features w (C, D). names: embeddings of name_c and of the "." for each class."""
         start, end = common.start_end(self.clip)                        # (1, W) each
         prompts = []
         for c, (name, dot) in enumerate(names):                         # (l, W) and (1, W)
             v = self.v if self.v.ndim == 2 else self.v[c]               # (M, W)
-            half, name = len(v) // 2, torch.cat([self.left_over, name])
+            half = len(v) // 2
+            name = torch.cat([*self.left_over, name])
             prompts.append({
                 "end": [start, v, name, dot, end],
                 "middle": [start, v[:half], name, v[half:], dot, end],
@@ -80,19 +83,20 @@ class Prompt(torch.nn.Module):
 
 
 def template_words(run, args):
-    """The embeddings of the words before the name: those that v starts as, and what is left over.
+    """Embeddings of the words before the name: what v starts as (m, W), and what is left over.
 
-    As in the authors' code, as many tokens as there are words between spaces: since a comma is a
-    token too, of "a type of pet, a photo of a" the last "a" stays in front of the name, frozen."""
+    As in the authors' code m is the number of words between spaces: of the 9 tokens of "a type of
+    pet, a photo of a" (8 words and a comma) the last "a" is left over."""
     words = args.ctx_init or run.data.prograd_template.split("{}")[0]
     return common.embed(run.clip, words).tensor_split([len(words.split())])
 
 
 def first_context(run, args):
-    """Where v starts: the template's words at its end, zeros before them."""
+    """Where v starts: the words at its end (the last M of them), zeros before."""
     words = template_words(run, args)[0][-args.n_ctx:]
     copies = [len(run.classnames)] if args.class_specific else []
-    return F.pad(words, (0, 0, args.n_ctx - len(words), 0)).repeat(*copies, 1, 1)
+    v = F.pad(words, (0, 0, args.n_ctx - len(words), 0))                # (M, W), zeros first
+    return v.repeat(*copies, 1, 1)
 
 
 def losses(logits, zero_shot, y, T=1.0):
@@ -135,7 +139,7 @@ def train(prompt, run, args):
             zero_shot = clip.logit_scale * f @ w_zs.T                   # (B, C)
             l_d, l_g = losses(logits, zero_shot, y, args.temperature)
             g_d, g_g = gradients(l_d, l_g, w, prompt.v)
-            prompt.v.grad, cosine = project(g_d, g_g, args.projection)
+            prompt.v.grad, cosine = project(g_d, g_g, args.projection)  # replaces the last one
             optimizer.step()
             run.log(epoch, loss=l_d, general_loss=l_g, cosine=cosine, conflicts=cosine < 0)
 
@@ -143,7 +147,7 @@ def train(prompt, run, args):
 def main():
     parser = common.flags(__doc__, lr=0.002, batch_size=32, n_ctx=16)
     parser.add_argument("--ctx-init", type=common.words, default="", metavar="WORDS",
-                        help="start from these words (those of the data set's template)")
+                        help="start from these words, zeros before (the template's)")
     parser.add_argument("--class-specific", action="store_true",
                         help="learn one context per class instead of one for all")
     parser.add_argument("--position", choices=["end", "middle", "front"], default="end",
@@ -155,7 +159,7 @@ def main():
     args = common.parse(parser)
     for run in common.runs(__file__, args):
         prompt = Prompt(run.clip, first_context(run, args), args.position,
-                        left_over=template_words(run, args)[1])
+                        template_words(run, args)[1:])
         if args.load:
             run.load(prompt)
         else:

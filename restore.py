@@ -7,52 +7,57 @@ Prompts that are learned in one tower alone move its features away from the othe
 CLIP's pre-training aligned falls apart: new classes suffer. RESTORE measures that movement, the
 feature shift, and keeps it equal in both towers. CLIP itself stays frozen.
 
-The towers, with n prompt tokens put into each of their first D blocks
+The towers, with n prompt tokens put into each of their first K blocks: l = 1, ..., K
     X_0 = [start, "a photo of a", name_c, ".", end] + positions
-    X_l = text block l of [start, P_l, what follows token n in X_(l-1)]           Prompt.encode_text
+    X_l = text block l of [start, P_l, X_(l-1) after its first 1 + n tokens]    Prompt.encode_text
     Y_0 = [class token, patches of the image] + positions
-    Y_l = vision block l of [Y_(l-1) less its prompt tokens, Q_l]                 Prompt.encode_image
-    t_c = text feature of X at the end token,  i(x) = image feature of Y at the class token
+    Y_l = vision block l of [Y_(l-1) less its prompt tokens, Q_l]               Prompt.encode_image
+    (l = 1: of the layer norm of that, CLIP's ln_pre). Blocks after K run as they are.
+    t_c = the text tower's feature of the end token, i(x) = the vision tower's of the class token,
+    both of D numbers and not yet of length 1
 
 The loss
     shift_l = mean of |h_l - h_l^0| / |h_l^0|               feature shift         feature_shift
     L_fs    = mean_l (shift_l^vision - shift_l^text)^2      consistency           consistency
-    A(z)    = z + W2 QuickGELU(W1 LN(z))                    surgery block         Surgery
+    A(z)    = z + down(QuickGELU(up(LN(z))))                surgery block         Surgery
     w_c     = b A(t_c) + (1 - b) t_c, then length 1         one A, b per tower    Prompt.operate
     f(x)    = b A(i(x)) + (1 - b) i(x), then length 1       another A and b       Prompt.operate
     p(c|x)  = softmax_c(tau f(x) . w_c)                     CLIP's classifier     train
     L       = -log p(y|x), mean over a batch, + gamma L_fs                        train
 
-    P_l, Q_l the prompts, learned: n = 2 vectors per block, as wide as the text tower's (vision
-             tower's) states; P_1 starts as the first n of the words "a photo of a", all others as
-             noise, N(0, 0.02^2). Only P_1 gets positions: it stands where these words stood. The
-             words that are not replaced stay
-    A, b     learned, and a number: A (its LN, W1, W2) starts as the identity, b as 0.1
-    h_l      a token's state after block l: the end token's (mean over the C classes) or the class
-             token's (mean over the batch), h_l^0 the same without prompts. Towers of different
-             depth are paired at their last blocks
-    tau      CLIP's logit scale (100 in OpenAI's models); gamma the consistency's weight
+    P_l, Q_l the prompts, learned: n = 2 vectors for each of K = 9 blocks (or as many as there are),
+             as wide as the text tower's (vision tower's) states; P_1 starts as the first n of the
+             words "a photo of a", all others as noise, N(0, 0.02^2). Only P_1 gets positions, those
+             of the words whose place it takes. The other words stay as they are
+    A        learned: a layer norm and two linear maps with biases, up (D to 4 D) and down, which
+             starts as zeros, so that A(z) = z; QuickGELU(h) = h sigmoid(1.702 h)
+    b        a number, not learned, 0.1 at the start; 0 leaves the surgery out (--blend)
+    h_l      a token's state after block l, of all blocks: the end token's (the mean is over the C
+             classes) or the class token's (over the batch); h_l^0 the same in CLIP as it is, with
+             all of "a photo of a". Towers of different depth are paired at their last blocks
+    tau      CLIP's logit scale (100 in OpenAI's models)
+    gamma    10, the weight of the consistency (--shift-weight)
 
-What stops both shifts from growing alike, which L_fs would allow? The surgery: where features have
-moved, more of them goes through A. After a third of the epochs, once, b grows by 0.02 (text) or
-0.005 (vision) times the shift of that epoch (mean over the blocks). Once, because the paper sets it
-by the shift that the training arrives at, not by what it passes through.
+L_fs would let both shifts grow, as long as they grow alike. For that case there is the surgery: it
+corrects the features that come out of the towers, the more the further the tower has moved: at the
+end of epoch E // 3 (the fourth of ten), and only then, b grows by 0.02 (text) or 0.005 (vision)
+times the mean shift of that epoch. Moment and numbers are the authors' code's, without a reason.
 
 The update, once for each batch, with G = dL/d of every learned number v
-    u <- 0.9 u + G + 0.0005 v,  v <- v - r u                    SGD: momentum, weight decay
-    r = 1e-5 in the first epoch, e = 0; then lr (1 + cos(pi (e - 1) / E)) / 2 of e = 1, ..., E - 1
-    with lr = 0.0035 and E = 10 epochs
-    A batch is 4 of the training images, in random order; what is left over at the end of an epoch
-    is not used. An image is one of ten random crops of it, the same ten all the time, and one of
-    the ten is drawn whenever the image is used (--views 0: a new crop every time).
+    u <- 0.9 u + G + 0.0005 v,  v <- v - r u       SGD: momentum (u = 0 at first), weight decay
+    r = 1e-5 in epoch e = 0; in epochs e = 1, ..., E - 1 it is lr (1 + cos(pi (e - 1) / E)) / 2
+    with E = 10 epochs and lr = 0.0035 (0.0005 for the embedded data sets and their tiny CLIP)
+    A batch is 4 of the training images, in random order, and the texts of all C classes; the last
+    one of an epoch is not used if it is smaller, unless it is the only one. Of every image there
+    are ten random crops; one of the ten is drawn whenever it is used (--views 0: a new one).
 
 The test: argmax_c f(x) . w_c, for images resized as CLIP itself does, without a random crop.
 
 The authors' released code differs from their paper; it stands at the end of this file.
 
-Try first:  python restore.py --base-to-new                         compare with coop.py's
-            python restore.py --shift-weight 0 --blend 0            plain prompts (IVLP)
-            python restore.py --towers text --shift-weight 0 --blend 0      one tower alone
+Try first:  python restore.py --base-to-new                 compare its new classes with coop.py's
+            python restore.py --shift-weight 0 --blend 0    independent prompts, nothing else (IVLP)
+            python restore.py --towers text --shift-weight 0 --blend 0              one tower alone
 """
 
 import common  # first: Ctrl-C while the libraries load ends in one line
@@ -62,7 +67,7 @@ import torch.nn.functional as F
 
 
 class Surgery(torch.nn.Module):
-    """A(z) = z + W2 QuickGELU(W1 LN(z)) of features z (N, D)."""
+    """A(z) = z + down(QuickGELU(up(LN(z)))) of features z (N, D)."""
 
     def __init__(self, dim):
         super().__init__()
@@ -97,11 +102,11 @@ class Prompt(torch.nn.Module):
         self.to(clip.device)
 
     def text(self):
-        """P: D of (n, W_t)."""
+        """P: K of (n, W_t)."""
         return list(self.text_prompts)
 
     def visual(self):
-        """Q: D of (n, W_v)."""
+        """Q: K of (n, W_v)."""
         return list(self.visual_prompts)
 
     def encode_text(self, names, prompts):
@@ -223,19 +228,19 @@ def train(prompt, run, args):
             vision_0 = frozen_states(prompt, run, run.views(epoch))[1]
         for pixels, y, images, views in run.pixel_batches(epoch):   # (B, 3, H, W), 3 times (B,)
             with clip.autocast():
-                t, text = prompt.encode_text(names, prompt.text())          # (C, D), states
-                i, vision = prompt.encode_image(pixels, prompt.visual())    # (B, D), states
+                t, h_t = prompt.encode_text(names, prompt.text())           # (C, D), states
+                i, h_v = prompt.encode_image(pixels, prompt.visual())       # (B, D), states
                 w, f = prompt.operate_text(t), prompt.operate_image(i)
             logits = clip.logit_scale * f @ w.T                             # (B, C)
-            shift_t = feature_shift(text, text_0)                           # (blocks_t,)
-            shift_v = feature_shift(vision, vision_0[images, views])        # (blocks_v,)
+            shift_t = feature_shift(h_t, text_0)                            # (blocks_t,)
+            shift_v = feature_shift(h_v, vision_0[images, views])           # (blocks_v,)
             l_fs = prompt.consistency(shift_t, shift_v)
             loss = F.cross_entropy(logits, y) + args.shift_weight * l_fs
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             run.log(epoch, loss=loss, consistency=l_fs, shift_text=shift_t, shift_vision=shift_v)
-        if epoch == epochs // 3:                                # after the fourth of ten epochs
+        if epoch == epochs // 3:                    # by what was logged: means over this epoch
             history = run.history()
             last = (torch.tensor(history[name][-1]) for name in ("shift_text", "shift_vision"))
             prompt.raise_blends(*last)
@@ -244,9 +249,10 @@ def train(prompt, run, args):
 class Released(Prompt):
     """What the authors' released code does where it differs from their paper.
 
-    --prompts coupled: visual prompts are made from the text ones, Q_l = P_l W_l + c_l, with W_l and
-    c_l learned. --shift gram: the shift is the Gram norm |P_l P_l^T|_F over what it was at the
-    start, L_fs a sum over the blocks from the second on, and b grows by the Gram norm itself."""
+    --prompts coupled: visual prompts are made from the text ones, Q_l by a linear layer from P_l.
+    --shift gram: in L_fs the shift is the prompts' Gram norm, |P P^T|_F or |Q Q^T|_F, over what it
+    was at the start, and summed over the blocks from the second on; b grows by 0.02 or 0.005 times
+    the mean Gram norm. Both together, with --shift-weight 1, are their code."""
 
     def __init__(self, clip, args):
         super().__init__(clip, args)
@@ -303,10 +309,10 @@ def check(clip, args):
 
 
 def main():
-    parser = common.flags(__doc__, lr=0.0035, batch_size=4, n_ctx=2)
+    parser = common.flags(__doc__, lr=0.0035, batch_size=4, n_ctx=2, embedded_lr=0.0005)
     parser.add_argument("--ctx-init", type=common.words, default="a photo of a", metavar="WORDS",
                         help="stand before the name; --n-ctx of them are learned (a photo of a)")
-    parser.add_argument("--depth", type=common.number(int, 1, low_ok=True), default=9, metavar="D",
+    parser.add_argument("--depth", type=common.number(int, 1, low_ok=True), default=9, metavar="K",
                         help="blocks with prompts, from the first (9)")
     parser.add_argument("--towers", choices=["both", "text", "vision"], default="both",
                         help="where prompts are learned (both)")

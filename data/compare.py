@@ -10,7 +10,7 @@ from pathlib import Path
 from statistics import fmean, mode
 
 from data import results
-from data.errors import Parser, Problem
+from data.errors import Parser, Problem, several
 from data.results import (CATALOGUE, MEASURED, average, average_title, every_record,
                           mean_and_deviation, mean_record, plural, shots_of)
 
@@ -27,11 +27,13 @@ def main():
     add("file", nargs="?", default="runs/results.jsonl", help="result lines (runs/results.jsonl)")
     add("--against", metavar="NAME",
         help="a row, such as coop: how far are the others above it, and on how many data sets?")
+    add("--datasets", type=several(str), metavar="NAME,...",
+        help="only these, as the tables name them (all)")
     add("--classes", action="store_true",
         help="accuracy class by class, and what each is most often taken for")
     add("--markdown", action="store_true", help="tables to paste into notes")
     add("--plot", action="store_true",
-        help="draw pictures as well, into the folder of the result lines")
+        help="draw pictures, of the averages if there are some, into the folder of the lines")
     add("--data", action="store_true", help="list the data sets: images, template, folder")
     add("--data-root", default=str(HERE), metavar="DIR", help="where they are looked for (data)")
     args = p.parse_args()
@@ -41,7 +43,7 @@ def main():
     records, odd = results.read(args.file)
     if odd:
         print(f"{args.file}: passed over {plural(odd, 'line')} without a record", file=sys.stderr)
-    groups = results.group(records)
+    groups = chosen(results.group(records), args.datasets)
     if args.classes:
         classes(groups, args.markdown)
     elif args.against:
@@ -51,6 +53,17 @@ def main():
     if args.plot:
         from data import pictures
         pictures.draw(groups, Path(args.file).parent)
+
+
+def chosen(groups, datasets):
+    """The groups without other data sets than these (None: all). Raises Problem: unknown one."""
+    every = dict.fromkeys(dataset for sets in groups.values() for dataset in sets)
+    for dataset in datasets or ():
+        if dataset not in every:
+            raise Problem(f"--datasets {dataset}: there are runs on {', '.join(every)}")
+    groups = {key: {dataset: sets[dataset] for dataset in sets if dataset in (datasets or every)}
+              for key, sets in groups.items()}
+    return {key: sets for key, sets in groups.items() if sets}
 
 
 # ---------------------------------------------------------------- means over seeds

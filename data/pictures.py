@@ -72,10 +72,11 @@ def draw(groups, folder):
 
 
 def worlds(groups):
-    """Yields (file name, title, few-shot, base to new, sets) of every average and data set.
+    """Yields (file name, title, few-shot, base to new, sets) of averages, or of single data sets.
 
     few-shot and base to new are {name: {shots: {seed: record}}}, empty where there are no runs;
-    sets the same by data set ({data set: ...}, {data set: ...}), for averages only."""
+    sets the same by data set ({data set: ...}, {data set: ...}), for averages only. What is
+    in an average has no pictures of its own: they would be too many to look at."""
     suites = {}
     for (suite, backbone, protocol), sets in groups.items():
         suites.setdefault((suite, backbone), {"few-shot": {}, "base-to-new": {}})[protocol] = sets
@@ -91,8 +92,11 @@ def worlds(groups):
         if over:
             yield (f"{suite}{several}", f"{average_title(suite, over)}, {backbone}", few_shot,
                    base_to_new, tuple(protocols.values()))
+        averaged = {(protocol, d) for (protocol, _), datasets in over.items() for d in datasets}
         for dataset in dict.fromkeys(d for sets in protocols.values() for d in sets):
-            few_shot, base_to_new = (sets.get(dataset, {}) for sets in protocols.values())
+            few_shot, base_to_new = (
+                {} if (protocol, dataset) in averaged else sets.get(dataset, {})
+                for protocol, sets in protocols.items())
             several = f"-{backbone}" if names.count((suite, dataset)) > 1 else ""
             yield f"{dataset}{several}", f"{dataset}, {backbone}", few_shot, base_to_new, ({}, {})
 
@@ -304,6 +308,7 @@ def conflicts(figure, few_shot, base_to_new):
 def bound(figure, few_shot, base_to_new):
     """MVP-MI's lower bounds of mutual information, and log C, which they cannot pass."""
     records, lines = every_record(few_shot) + every_record(base_to_new), {}
+    records = [part for r in records for part in r.get("of", [r])]
     for key in sorted({key for r in records for key in r if key.startswith("bound")}):
         for label, values in histories(few_shot, base_to_new, key).items():
             lines[label + key.removeprefix("bound").replace("_", ", ", 1)] = values

@@ -14,7 +14,8 @@ from safetensors import SafetensorError, safe_open
 from data.errors import Problem, naming, regular_file
 from data.images import write_whole
 
-LEARNED = {"dataset": str, "shots": int, "seed": int, "protocol": str}  # a saved prompt's origin
+# a saved prompt's origin
+LEARNED = {"dataset": str, "shots": int, "seed": int, "protocol": str, "classes": list}
 
 
 def fill(name, shots, seed):
@@ -141,7 +142,7 @@ def save(run, prompt):
     meaning  what `meaning` says, which `load` compares
     learned  where it comes from"""
     learned = {"dataset": run.data.name, "shots": run.shots, "seed": run.seed,
-               "protocol": run.about["protocol"]}
+               "protocol": run.about["protocol"], "classes": run.classnames}
     metadata = {"meaning": json.dumps(meaning(run)), "learned": json.dumps(learned)}
     write_whole(fill(run.args.save, run.shots, run.seed), prompt.state_dict(), metadata)
 
@@ -172,7 +173,7 @@ def load(run, prompt):
 
     Raises Problem if they are of another meaning or shape."""
     file, ours = f"--load {run.job.file}", meaning(run)
-    tensors, saved, _ = read(run.job.file)
+    tensors, saved, learned = read(run.job.file)
     method = saved.get("method", "something else")
     if method != ours["method"]:
         raise Problem(f"{file}: was saved by {method}, not by {ours['method']}")
@@ -186,3 +187,5 @@ def load(run, prompt):
         raise Problem(f"{file}: holds {found}, "
                       f"the flags given here (and the classes) ask for {wanted}")
     prompt.load_state_dict(tensors)
+    if getattr(prompt, "learned", None):    # MVP-MI treats classes that it has learned in another way
+        prompt.learned = set(learned.get("classes", []))

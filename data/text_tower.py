@@ -1,4 +1,4 @@
-"""CLIP's text tower, quicker and in less memory than common.plain_encode_text, with the same result.
+"""CLIP's text tower, quicker and in less memory than common.plain_encode_text, exactly the same.
 
 1  What stands in front of the first difference between the prompts (the start token, and a context
    that all classes share) has the same states in all of them, since the tower is causal: they are
@@ -8,6 +8,7 @@
 """
 
 import functools
+import math
 
 import torch
 import torch.nn.functional as F
@@ -46,7 +47,7 @@ def encode_text(clip, prompts):
 
 
 def shared_tokens(prompts):
-    """How many tokens at the start of all prompts are the very same memory; 0 of a single prompt."""
+    """How many tokens at the start of all prompts are the same memory; 0 of a single prompt."""
     count = 0
     if len(prompts) > 1:
         for parts in zip(*prompts):
@@ -99,3 +100,16 @@ def feature(text, x):
     """The end token's last state (C, W) -> the tower's feature (C, D), not yet of length 1."""
     x, projection = text.ln_final(x), text.text_projection
     return projection(x) if isinstance(projection, torch.nn.Linear) else x @ projection
+
+
+@torch.no_grad()
+def nearest_words(clip, v):
+    """The vocabulary's nearest word to every context vector, v (..., M, W): one string.
+
+    As in CoOp's paper, where they are read with care."""
+    table = clip.text.token_embedding.weight.float()
+    unmet = table.abs().sum(-1) == 0        # the tiny CLIP has met only a few words
+    tokens = []
+    for some in v.flatten(0, -2).split(64):
+        tokens += torch.cdist(some.float(), table).masked_fill(unmet, math.inf).argmin(-1).tolist()
+    return " ".join(clip.tokenizer.decoder[token].replace("</w>", "") for token in tokens)

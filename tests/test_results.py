@@ -323,6 +323,13 @@ def test_mean_and_deviation_over_seeds_with_zero_shot_beside(compared):
         ["prograd", "50.0"]]}
 
 
+def test_chosen_data_sets_only(compared):
+    runs = [few_shot(), few_shot(dataset="scenes"), base_to_new(dataset="scenes")]
+    assert set(compared(runs, "--datasets", "shapes")[0]) == {"shapes, tiny, few-shot"}
+    with pytest.raises(Problem, match="there are runs on scenes, shapes"):
+        compared(runs, "--datasets", "nonsense")
+
+
 def test_another_template_has_another_zero_shot_row(compared):
     runs = [few_shot(), few_shot(changed={"template": "a {}."}, zero_shot=33.0)]
     rows = compared(runs)[0]["shapes, tiny, few-shot"]
@@ -397,13 +404,12 @@ def test_one_picture_per_question_the_same_every_time(compared):
     runs = [few_shot(), few_shot("prograd", **training),
             few_shot("mvp_mi", bound=[1.0, 2.0], log_C=math.log(24)),
             *(base_to_new("restore", seed=seed, shift_after={"gap": seed / 10}) for seed in (1, 2)),
-            base_to_new(), base_to_new(dataset="scenes"), base_to_new("restore", dataset="scenes")]
+            base_to_new()]
     _, out, folder = compared(runs, "--plot")
     files = {path.stem: path for path in folder.glob("*.png")}
     assert set(files) == {
-        "embedded-base-against-new", "embedded-change-by-data-set",
         "shapes-accuracy-over-shots", "shapes-base-against-new", "shapes-conflicts",
-        "shapes-gap-against-gain", "shapes-bound", "scenes-base-against-new"}
+        "shapes-gap-against-gain", "shapes-bound"}
     for path in files.values():
         assert f"{path}: " in out
         with Image.open(path) as image:
@@ -412,6 +418,15 @@ def test_one_picture_per_question_the_same_every_time(compared):
     before = {name: path.read_bytes() for name, path in files.items()}
     compared(runs, "--plot")
     assert before == {name: path.read_bytes() for name, path in files.items()}
+
+
+def test_pictures_of_averages_stand_for_those_of_their_data_sets(compared):
+    runs = [base_to_new(), base_to_new(dataset="scenes"), few_shot()]
+    _, _, folder = compared(runs, "--plot")
+    assert {path.stem for path in folder.glob("*.png")} == {
+        "embedded-base-against-new", "embedded-change-by-data-set", "shapes-accuracy-over-shots"}
+    compared(runs, "--plot", "--datasets", "shapes")
+    assert (folder / "shapes-base-against-new.png").exists()
 
 
 def test_accuracy_over_shots_stands_at_its_tick():
