@@ -177,8 +177,6 @@ def test_loading_what_is_not_a_prompt(cli, tmp_path):
     refused(cli("coop", load=tmp_path), str(tmp_path))
 
 
-
-
 def test_ctrl_c(cli, monkeypatch):
     def interrupted(*_):
         raise KeyboardInterrupt
@@ -208,11 +206,12 @@ def in_main(code):
 
 
 @pytest.mark.parametrize("seconds", [0.5, 1.5])
-def test_ctrl_c_during_the_imports(seconds):
-    process = script("import common; import time; time.sleep(60)")
+def test_ctrl_c_during_the_imports_of_a_script(seconds, tmp_path):
+    process = subprocess.Popen([sys.executable, HERE / "coop.py", "--data-root", "root"],
+                               cwd=tmp_path, stderr=subprocess.PIPE, text=True)
     time.sleep(seconds)
     process.send_signal(signal.SIGINT)
-    assert ended(process) == (130, "", "interrupted\n")
+    assert process.communicate()[1] == "coop.py: interrupted\n" and process.returncode == 130
 
 
 def test_errors_imports_nothing_that_takes_time():
