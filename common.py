@@ -115,21 +115,12 @@ def parse(parser, argv=None):
     embedded = CATALOGUE.get(args.dataset, {}).get("kind") == "world"
     args.backbone = args.backbone or (TINY_CLIP if embedded else "ViT-B-16")
     args.lr = args.lr or parser.learning_rates[embedded]
-    if args.pretrained and args.backbone.startswith("local-dir:"):
-        raise Problem(f"--pretrained {args.pretrained}: {args.backbone} holds its own weights")
-    if args.template is not None and args.template.count("{}") != 1:
-        raise Problem(f"--template {args.template!r}: needs one {{}} where the class name stands")
+    checks.check_flags(args)
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     args.precision = args.precision or ("amp" if args.device == "cuda" else "fp32")
     args.pretrained = args.pretrained or ("" if ":" in args.backbone else "openai")
     if args.device == "cuda":
-        if not torch.cuda.is_available():
-            raise Problem("--device cuda: PyTorch sees no CUDA device here; "
-                          "leave the flag out to use the CPU")
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
-    if getattr(args, "class_specific", False) and (args.base_to_new or args.transfer):
-        raise Problem("--class-specific has no context for classes that were not learned: "
-                      "no --base-to-new, no --transfer")
     records.check_writable(args.out, args.save, args.shots, args.seeds)
     return args
 
@@ -352,9 +343,7 @@ def template_features(clip, template, classnames):
 # ---------------------------------------------------------------- the training's schedule
 
 def default_epochs(run):
-    """CoOp's length of the training: 50, 100, 100, 200, 200 epochs for 1, 2, 4, 8, 16 shots.
-
-    ImageNet: 50."""
+    """CoOp's: 50, 100, 100, 200, 200 for 1, 2, 4, 8, 16 shots; 50 on ImageNet."""
     if run.shots < 2 or run.data.name == "imagenet":
         return 50
     return 100 if run.shots < 8 else 200
@@ -496,13 +485,9 @@ class Run:
         if self.args.save and not self.args.load:
             records.save(self, prompt)
         if self.args.export:
-            epochs = len(self.history()["loss"])
-            rates = [learning_rate(epoch, epochs, self.args.lr) for epoch in range(epochs)]
-            export.write(self, prompt, rates, rows)
+            export.write(self, prompt, learning_rate, rows)
         record = records.add(self, prompt, rows, trained, more)  # before printing, which may fail
         self.clip.seconds = 0
         sweep.show(self.job.title, record)
         if self.asked:
-            tau, both = self.clip.logit_scale, self.classifiers(prompt, self.asked)
-            predict.show(self.args.predict, self.data.classnames, self.method,
-                         *((tau * f @ w.T).softmax(-1) for f, w in both))
+            predict.show(self, *self.classifiers(prompt, self.asked))

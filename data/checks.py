@@ -1,12 +1,27 @@
-"""Are the class names fit for prompts, and can the pictures be read?"""
+"""Do the flags go together, are the class names fit for prompts, can the pictures be read?"""
 
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
+import torch
 from PIL import Image
 from tqdm import tqdm
 
 from data.errors import Problem, regular_file
+
+
+def check_flags(args):
+    """Raises Problem where flags do not go together, or with this machine."""
+    if args.pretrained and args.backbone.startswith("local-dir:"):
+        raise Problem(f"--pretrained {args.pretrained}: {args.backbone} holds its own weights")
+    if args.template is not None and args.template.count("{}") != 1:
+        raise Problem(f"--template {args.template!r}: needs one {{}} where the class name stands")
+    if getattr(args, "class_specific", False) and (args.base_to_new or args.transfer):
+        raise Problem("--class-specific has no context for classes that were not learned: "
+                      "no --base-to-new, no --transfer")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise Problem("--device cuda: PyTorch sees no CUDA device here; "
+                      "leave the flag out to use the CPU")
 
 
 def check_names(clip, data):
