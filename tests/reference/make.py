@@ -134,6 +134,8 @@ def flags(config):
     if config["method"] == "prograd":
         made += ["--projection", config["projection_strength"],
                  "--temperature", config["temperature"]]
+    for key in ("mi_weight", "image_weight", "mi_temperature", "augment", "critic"):
+        made += [f"--{key.replace('_', '-')}", config[key]] if key in config else []
     return [str(flag) for flag in made]
 
 
@@ -309,12 +311,13 @@ def own_restore():
 
 
 def own_mvp_mi():
-    """MVP-MI with its defaults; what it mixes at random is recorded."""
+    """MVP-MI with both terms and a learned estimator; what is mixed at random is recorded."""
     config = {"method": "mvp_mi", "classnames": NAMES, "labels": [0, 3, 1, 4, 2, 2, 0, 1],
               "template": "a centered satellite photo of {}.", "n_ctx": 4, "class_specific": False,
               "class_token_position": "end", "context_words": "", "context_seed": 11,
               "image_seed": 7, "image_size": 32, "lr": 0.002, "momentum": 0.9,
-              "weight_decay": 0.0005, "steps": 3, "clip": SMALL}
+              "weight_decay": 0.0005, "steps": 3, "mi_weight": 4.0, "image_weight": 1.0,
+              "mi_temperature": 0.07, "augment": 2, "critic": "learned", "clip": SMALL}
     t = follow(config)
     features, labels = zip(*t.mixed)
     arrays = {"log": [[float(x) for x in step.values()] for step in t.log],
