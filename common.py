@@ -30,7 +30,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torchvision.transforms import (
-    Compose, InterpolationMode, RandomHorizontalFlip, RandomResizedCrop)
+    CenterCrop, Compose, InterpolationMode, RandomHorizontalFlip, RandomResizedCrop, Resize)
 from tqdm import tqdm
 
 from data import backbone, checks, export, predict, records, sweep, text_tower
@@ -53,7 +53,6 @@ def flags(doc, lr, batch_size, n_ctx, embedded_lr=None):
     p = Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter,
                allow_abbrev=False)
     add, count = p.add_argument, number(int, 1, low_ok=True)
-    seed = number(int, 0, 2**31, low_ok=True)
     add("--dataset", type=known, default="shapes", metavar="NAME|PATH",
         help="a data set, or a folder of class folders (shapes, which is embedded)")
     add("--data-root", default=str(HERE / "data"), metavar="DIR",
@@ -68,7 +67,8 @@ def flags(doc, lr, batch_size, n_ctx, embedded_lr=None):
         help="the weights' open_clip tag or file, or 'random' (openai)")
     add("--shots", type=several(count), default=[4], metavar="N,...",
         help="training images per class (4)")
-    add("--seeds", type=several(seed), default=[1], metavar="N,...", help="a run for each (1)")
+    add("--seeds", type=several(number(int, 0, low_ok=True)), default=[1], metavar="N,...",
+        help="a run for each (1)")
     add("--base-to-new", action="store_true",
         help="learn the first half of the classes, test both halves")
     add("--transfer", type=several(known), default=[], metavar="NAME,...",
@@ -76,7 +76,7 @@ def flags(doc, lr, batch_size, n_ctx, embedded_lr=None):
     add("--n-ctx", type=count, default=n_ctx, metavar="N",
         help=f"learned context tokens ({n_ctx})")
     add("--epochs", type=count, metavar="N",
-        help="passes over the training images (the docstring says how many)")
+        help="passes over the training images (see the top of this help)")
     also = f"; embedded data: {embedded_lr}" if embedded_lr else ""
     add("--lr", type=number(), help=f"learning rate of SGD ({lr}{also})")
     p.learning_rates = lr, embedded_lr or lr
@@ -89,17 +89,7 @@ def flags(doc, lr, batch_size, n_ctx, embedded_lr=None):
     add("--device", choices=["cpu", "cuda"], help="where to compute (cuda where there is one)")
     add("--precision", choices=["fp32", "amp"],
         help="amp is autocast to bf16, else fp16 (amp on cuda, fp32 on cpu)")
-    add("--cache", default=str(HERE / "data" / "cache"), metavar="DIR",
-        help="where image features are kept (data/cache)")
-    add("--out", default="runs/results.jsonl", metavar="FILE",
-        help="a line of results is added here for every run (runs/results.jsonl)")
-    add("--again", action="store_true", help="repeat runs that --out has already")
-    add("--save", metavar="FILE",
-        help="keep what was learned; of several runs: 'ctx-{shots}-{seed}.safetensors'")
-    add("--export", metavar="FILE",
-        help="the run as safetensors, to repeat it in another framework (see data/export.py)")
-    add("--load", metavar="FILE", help="do not train, test what this file holds")
-    add("--predict", nargs="+", default=[], metavar="FILE", help="pictures to name the class of")
+    records.add_flags(p, HERE)
     return p
 
 
@@ -134,7 +124,7 @@ def runs(script, args, features=True):
     features  False for a method that changes the image tower: it encodes its own training images
 
     What --out has already is left out. Under torchrun, or in a Slurm array, every process takes its
-    share. All pictures are encoded, so found to be there and whole, before a training. Raises
+    share. All test pictures are encoded, so found to be there and whole, before a training. Raises
     Problem where the data set cannot serve the protocol."""
     mine, processes = sweep.rank()
     if args.export:
@@ -148,11 +138,12 @@ def runs(script, args, features=True):
     todo = sweep.left(sweep.share(jobs, mine, processes), about, args)
     if todo:
         clip = load_clip(args, data.crop)
-        checks.check_names(clip, data)
-        tests = [("all classes", data, data.test, data.classnames)]
-        if args.base_to_new:
-            tests = [(name, data, *half(data.test, data.classnames, name == "new"))
-                     for name in ("base", "new")]
+        for each in (data, *others):
+            checks.check_names(clip, each)
+        halves = {"base": False, "new": True} if args.base_to_new else {}
+        tests = [(name, data, *half(data.test, data.classnames, new))
+                 for name, new in halves.items()]
+        tests = tests or [("all classes", data, data.test, data.classnames)]
         tests += [(other.name, other, other.test, other.classnames) for other in others]
         parts = [make_part(clip, args, *test) for test in tests]
         asked = [Item(file, 0, "") for file in args.predict]
@@ -179,7 +170,7 @@ class Clip:
     model: torch.nn.Module  # open_clip's, whose `visual` is the image tower
     text: torch.nn.Module   # its text tower
     tokenizer: object
-    preprocess: object      # PIL image -> (3, H, W), as CLIP was trained
+    preprocess: object      # PIL image -> (3, H, W), as CLIP is tested
     augment: object         # the same with a random crop and flip
     logit_scale: float      # tau
     device: str
@@ -205,8 +196,9 @@ def load_clip(args, crop=0.08):
     if text.positional_embedding.shape[1] < 256 and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)    # threads gain nothing on matrices so small, and wait actively
     size, bicubic = model.visual.preprocess_cfg["size"], InterpolationMode.BICUBIC
+    rest = [t for t in preprocess.transforms if not isinstance(t, (Resize, CenterCrop))]
     augment = Compose([RandomResizedCrop(size, (crop, 1.0), interpolation=bicubic),
-                       RandomHorizontalFlip(), *preprocess.transforms[2:]])
+                       RandomHorizontalFlip(), *rest])
     key = image_key(model.visual, preprocess, augment, args.precision, args.device)
     return Clip(model, text, tokenizer, preprocess, augment, model.logit_scale.exp().item(),
                 args.device, args.precision, key, args.class_chunk)
@@ -222,8 +214,10 @@ def few_shot(items, shots, seed):
     rng, by_label = random.Random(seed), {}
     for item in items:
         by_label.setdefault(item.label, []).append(item)
-    some = lambda rows: rng.sample(rows, shots) if len(rows) >= shots else rows
-    return [item for rows in by_label.values() for item in some(rows)]
+    sample = []
+    for rows in by_label.values():
+        sample += rng.sample(rows, shots) if len(rows) >= shots else rows
+    return sample
 
 
 def half(items, classnames, new):

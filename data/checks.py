@@ -3,7 +3,6 @@
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
-import torch
 from PIL import Image
 from tqdm import tqdm
 
@@ -14,11 +13,15 @@ def check_flags(args):
     """Raises Problem where flags do not go together, or with this machine."""
     if args.pretrained and args.backbone.startswith("local-dir:"):
         raise Problem(f"--pretrained {args.pretrained}: {args.backbone} holds its own weights")
+    if len(set(args.transfer)) < len(args.transfer):
+        raise Problem(f"--transfer {','.join(args.transfer)}: names a data set twice")
     if args.template is not None and args.template.count("{}") != 1:
         raise Problem(f"--template {args.template!r}: needs one {{}} where the class name stands")
     if getattr(args, "class_specific", False) and (args.base_to_new or args.transfer):
         raise Problem("--class-specific has no context for classes that were not learned: "
                       "no --base-to-new, no --transfer")
+    import torch  # here, since python common.py --data does without
+
     if args.device == "cuda" and not torch.cuda.is_available():
         raise Problem("--device cuda: PyTorch sees no CUDA device here; "
                       "leave the flag out to use the CPU")
