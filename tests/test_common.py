@@ -1,119 +1,250 @@
-"""Few-shot samples, class halves, class features, the schedule."""
+"""What the methods share: few-shot samples, halves, class features; and the house's rules."""
 
+import ast
+import inspect
 import json
-import os
+import re
+import shlex
+import subprocess
+import sys
+from operator import attrgetter
 from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 import common
 import coop
+import mvp_mi
 import prograd
+import restore
 from data.files import Item
-from data.records import append_line
 
-PUBLISHED = json.loads((Path(__file__).parent / "few_shot.json").read_text())
+HERE = Path(__file__).parent.parent
+SCRIPTS = [coop, prograd, mvp_mi, restore]
+CONTEXT_SCRIPTS = [coop, prograd, mvp_mi]       # those that learn a context
 
 
-@pytest.mark.parametrize("name, key", [(name, key) for name in PUBLISHED for key in PUBLISHED[name]["expected"]])
+def name_of(script):
+    return script.__name__
+
+
+# ---------------------------------------------------------------- few-shot samples
+
+PUBLISHED = json.loads((HERE / "tests" / "few_shot.json").read_text())
+SAMPLES = [(name, key) for name in PUBLISHED for key in PUBLISHED[name]["expected"]]
+
+
+@pytest.mark.parametrize("name, key", SAMPLES)
 def test_few_shot_samples_are_the_published_ones(name, key):
-    labels = [label for label, count in PUBLISHED[name]["label_counts"] for _ in range(count)]
-    sample = common.few_shot([Item(str(row), label, "") for row, label in enumerate(labels)], *map(int, key.split("-")))
+    counts, shots_and_seed = PUBLISHED[name]["label_counts"], map(int, key.split("-"))
+    labels = [label for label, count in counts for _ in range(count)]
+    items = [Item(str(row), label, "") for row, label in enumerate(labels)]
+    sample = common.few_shot(items, *shots_and_seed)
     assert [int(item.path) for item in sample] == PUBLISHED[name]["expected"][key]
 
 
-def test_few_shot_with_fewer_images_than_shots_takes_them_all_in_order():
-    items = [Item(str(k), k % 2, "") for k in range(5)]  # three of label 0, two of label 1
+def items_of(labels):
+    return [Item(str(k), label, f"class {label}") for k, label in enumerate(labels)]
+
+
+def test_a_class_with_fewer_images_than_shots_gives_all_in_their_order():
+    items = items_of([0, 1, 0, 1, 0])
     assert common.few_shot(items, 3, 1)[3:] == [items[1], items[3]]
-    assert sorted(common.few_shot(items, 99, 1)) == sorted(items)
 
 
-def test_few_shot_of_one_class():
-    items = [Item(str(k), 0, "") for k in range(9)]
-    assert len(set(common.few_shot(items, 4, 1))) == 4
+def test_no_image_is_drawn_twice():
+    assert len(set(common.few_shot(items_of([0] * 9), 8, 1))) == 8
 
 
-def test_few_shot_goes_by_first_appearance_not_by_label():
-    items = [Item(str(k), label, "") for k, label in enumerate([2, 0, 2, 1, 0, 1])]
-    assert [item.label for item in common.few_shot(items, 1, 1)] == [2, 0, 1]
-    assert common.few_shot(items, 1, 1) == common.few_shot(items, 1, 1) and common.few_shot(items, 1, 1) != common.few_shot(items, 1, 2)
+def test_classes_stand_in_the_order_of_their_first_image():
+    sample = common.few_shot(items_of([2, 0, 2, 1, 0, 1]), 1, 1)
+    assert [item.label for item in sample] == [2, 0, 1]
 
 
-def test_base_and_new_halves_are_relabelled_and_the_odd_class_is_base():
-    items, names = [Item(str(k), k % 5, f"c{k % 5}") for k in range(10)], [f"c{k}" for k in range(5)]
-    base, base_names = common.half(items, names, new=False)
-    new, new_names = common.half(items, names, new=True)
-    assert (base_names, new_names) == (names[:3], names[3:])
-    assert {(item.label, item.classname) for item in new} == {(0, "c3"), (1, "c4")}
-    assert {(item.label, item.classname) for item in base} == {(0, "c0"), (1, "c1"), (2, "c2")} and len(base) + len(new) == 10
+def test_the_seed_decides_the_sample():
+    items = items_of([0] * 20)
+    one, again, two = (common.few_shot(items, 5, seed) for seed in (1, 1, 2))
+    assert one == again != two
 
 
-def test_learning_rate_is_the_authors():
-    rates = [common.learning_rate(epoch, 200, 0.002) for epoch in range(200)]
-    assert rates[0] == 1e-5 and rates[1] == 0.002 and rates[101] == pytest.approx(0.001)
-    assert rates[1:] == sorted(rates[1:], reverse=True) and 0 < rates[-1] < 1e-6
+# ---------------------------------------------------------------- base and new classes
+
+def test_of_an_odd_number_of_classes_the_middle_one_is_a_base_class():
+    items, names = items_of([0, 1, 2, 3, 4]), list("abcde")
+    assert common.half(items, names, new=False)[1] == ["a", "b", "c"]
+    assert common.half(items, names, new=True)[1] == ["d", "e"]
 
 
-def full_length(clip, prompts):
-    """What open_clip computes at 77 tokens from prompts of embeddings."""
-    model = clip.model
-    x = torch.stack([torch.cat([p, p.new_zeros(77 - len(p), p.shape[1])]) for p in prompts]) + model.positional_embedding
-    x = model.ln_final(model.transformer(x, attn_mask=model.attn_mask))
-    return F.normalize(torch.stack([row[len(p) - 1] for row, p in zip(x, prompts)]) @ model.text_projection, dim=-1)
+def test_both_halves_together_hold_every_image_once():
+    items, names = items_of([0, 1, 2, 3, 4] * 2), list("abcde")
+    base, new = (common.half(items, names, new)[0] for new in (False, True))
+    assert sorted(item.path for item in base + new) == sorted(item.path for item in items)
 
+
+def test_new_classes_are_labelled_from_0():
+    new, _ = common.half(items_of([0, 1, 2, 3, 4]), list("abcde"), new=True)
+    assert [(item.label, item.classname) for item in new] == [(0, "class 3"), (1, "class 4")]
+
+
+# ---------------------------------------------------------------- prompts to class features
 
 NAMES = ["blue arrow", "a_thing with (many) more words", "heart"]
 
 
-@pytest.mark.parametrize("specific", [False, True])
-@pytest.mark.parametrize("position", ["end", "middle", "front"])
-def test_cut_and_shared_prompts_give_the_features_of_77_tokens(tiny, position, specific):
-    v = torch.randn(3, 5, 80) if specific else torch.randn(5, 80)
-    prompt, (start, end), prompts = coop.Prompt(tiny, v, position), common.start_end(tiny), []
-    for c, name in enumerate(NAMES):
-        words, name = v[c] if specific else v, name.replace("_", " ")
-        a, b = common.embed(tiny, tiny.tokenizer.encode(name)), common.embed(tiny, tiny.tokenizer.encode("."))
-        k = {"end": 5, "middle": 2, "front": 0}[position]
-        prompts.append(torch.cat([start, words[:k], a, words[k:], b, end]))
+@pytest.mark.parametrize("encode_text", [common.encode_text, common.plain_encode_text])
+def test_a_written_prompt_has_the_features_that_open_clip_gives_it(tiny, encode_text):
+    texts = [f"a photo of a {name}." for name in NAMES]
+    start, end = common.start_end(tiny)
     with torch.no_grad():
-        assert (prompt.class_features(NAMES) - full_length(tiny, prompts)).abs().max() < 1e-5
-
-
-@pytest.mark.parametrize("script", [coop, prograd])
-def test_chunks_of_classes_change_neither_features_nor_gradients(tiny, monkeypatch, script):
-    names, v = common.name_tokens(tiny, [f"thing {k} of many" + " more" * (k % 3) for k in range(20)]), torch.randn(6, 80)
-    d, found = torch.randn(2, 20, 128), []
-    for chunk in (128, 20, 7, 1):
-        monkeypatch.setattr(tiny, "class_chunk", chunk)
-        prompt = script.Prompt(tiny, v.clone())
-        w = prompt(names)
-        both = torch.autograd.grad(w, prompt.v, d, is_grads_batched=True, retain_graph=True)[0]
-        w.backward(d[0])
-        found.append((w.detach(), prompt.v.grad, *both))
-        assert torch.allclose(both[0], prompt.v.grad, rtol=1e-5, atol=1e-6)
-    for other in found[1:]:
-        assert all((a - b).norm() < 1e-5 * a.norm() for a, b in zip(found[0], other))
-
-
-def test_template_features_are_open_clips(tiny):
-    texts = ["a photo of a blue arrow.", "a photo of a a thing with (many) more words.", "a photo of a heart."]
-    with torch.no_grad():
+        found = encode_text(tiny, [[start, common.embed(tiny, text), end] for text in texts])
         expected = tiny.model.encode_text(tiny.tokenizer(texts), normalize=True)
-    assert (common.template_features(tiny, "a photo of a {}.", NAMES) - expected).abs().max() < 1e-5
+    assert torch.allclose(found, expected, atol=1e-5)
 
 
-def test_a_name_that_does_not_fit_is_named(tiny):
+def test_underscores_in_a_class_name_are_spaces(tiny):
+    a, b = common.template_features(tiny, "a photo of a {}.", ["red_heart", "red heart"])
+    assert torch.allclose(a, b, atol=1e-6)
+
+
+@pytest.mark.parametrize("name, lengths", [
+    ("red heart", (2, 1)),
+    ("red_heart", (2, 1)),
+    ("hearts (red)", (4, 0)),       # as in CoOp's code: ")." is one token, and part of the name
+])
+def test_a_name_and_its_full_stop_are_embedded_apart(tiny, name, lengths):
+    ((words, dot),) = common.name_embeddings(tiny, [name])
+    assert (len(words), len(dot)) == lengths
+    assert torch.equal(torch.cat([words, dot]), common.embed(tiny, name.replace("_", " ") + "."))
+
+
+@pytest.mark.parametrize("script", CONTEXT_SCRIPTS, ids=name_of)
+@pytest.mark.parametrize("position, template", [
+    ("end", "a large green {}."),
+    ("middle", "a {} large green."),
+    ("front", "{} a large green."),
+])
+def test_a_context_of_words_is_the_written_prompt(tiny, script, position, template):
+    words = common.embed(tiny, "a large green")
+    with torch.no_grad():
+        found = script.Prompt(tiny, words, position).class_features(NAMES)
+    assert torch.allclose(found, common.template_features(tiny, template, NAMES), atol=1e-5)
+
+
+def features_and_gradients(clip, v, position, classes, encode_text, monkeypatch):
+    """Of a context v: its class features (C, D), and the gradients of two random sums of them."""
+    monkeypatch.setattr(common, "encode_text", encode_text)
+    names = [f"thing {k} of many" + " more" * (k % 3) for k in range(classes)]
+    prompt = coop.Prompt(clip, v.clone(), position)
+    w = prompt(common.name_embeddings(clip, names))
+    directions = torch.randn(2, *w.shape, generator=torch.Generator().manual_seed(0))
+    gradients = [torch.autograd.grad(w, prompt.v, d, retain_graph=True)[0] for d in directions]
+    return w.detach(), *gradients
+
+
+@pytest.mark.parametrize("classes, chunk", [(1, 128), (7, 128), (7, 7), (7, 3), (7, 1)])
+@pytest.mark.parametrize("copies", ["shared", "class-specific"])
+@pytest.mark.parametrize("position", ["end", "middle", "front"])
+def test_the_quick_text_tower_agrees_with_the_plain_one(
+        tiny, monkeypatch, position, copies, classes, chunk):
+    monkeypatch.setattr(tiny, "class_chunk", chunk)
+    v = 0.02 * torch.randn(*([classes] if copies == "class-specific" else []), 5, 80)
+    quick, plain = (features_and_gradients(tiny, v, position, classes, encode_text, monkeypatch)
+                    for encode_text in (common.encode_text, common.plain_encode_text))
+    for a, b in zip(quick, plain):
+        assert (a - b).norm() < 1e-5 * b.norm()
+
+
+def test_a_name_that_is_too_long_is_named(tiny):
     with pytest.raises(common.Problem, match="endless"):
         common.template_features(tiny, "a photo of a {}.", ["endless " * 80])
-    with pytest.raises(common.Problem, match="n-ctx"):
+
+
+def test_a_context_that_leaves_no_room_for_the_name_points_to_the_flag(tiny):
+    with pytest.raises(common.Problem, match="--n-ctx"):
         coop.Prompt(tiny, torch.zeros(76, 80)).class_features(["arrow"])
 
 
-def test_lines_are_added_whole(tmp_path):
-    file = tmp_path / "a.jsonl"
-    append_line(file, "1")
-    file.write_bytes(file.read_bytes() + b'{"cut sh')
-    append_line(file, "2")
-    assert file.read_text().splitlines() == ["1", '{"cut sh', "2"] and os.path.getsize(file) == 13
+def test_the_nearest_words_of_words_are_these_words(tiny):
+    words = common.embed(tiny, "a large green heart")
+    nudged = words + 1e-3 * torch.randn_like(words)
+    assert common.nearest_words(tiny, nudged) == "a large green heart"
+
+
+# ---------------------------------------------------------------- threads
+
+@pytest.mark.parametrize("backbone, environment, asked", [
+    ([], None, [1]),
+    ([], "2", []),
+    (["--backbone", "ViT-B-16", "--pretrained", "random"], None, []),
+], ids=["the tiny CLIP", "as the environment says", "as PyTorch says"])
+def test_only_the_tiny_clip_is_kept_to_one_thread(
+        tmp_path, monkeypatch, backbone, environment, asked):
+    called = []
+    monkeypatch.setattr(torch, "set_num_threads", called.append)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if environment:
+        monkeypatch.setenv("OMP_NUM_THREADS", environment)
+    flags = common.flags("", lr=1, batch_size=1, n_ctx=1)
+    argv = ["--device", "cpu", "--out", str(tmp_path / "r.jsonl"), *backbone]
+    common.load_clip(common.parse(flags, argv))
+    assert called == asked
+
+
+def test_tables_are_printed_without_pytorch(tmp_path):
+    command = [sys.executable, "-X", "importtime", HERE / "common.py", "--data"]
+    done = subprocess.run([*command, "--data-root", tmp_path], capture_output=True, text=True)
+    assert done.returncode == 0 and "eurosat" in done.stdout
+    imported = {line.split("|")[-1].strip() for line in done.stderr.splitlines()}
+    assert "data.compare" in imported and "torch" not in imported
+
+
+# ---------------------------------------------------------------- the house's rules
+
+PYTHON = sorted(file for folder in ("", "data", "tests", "tests/reference")
+                for file in (HERE / folder).glob("*.py"))
+LONG_LINES_ALLOWED = set()      # files that are tables of data
+
+
+@pytest.mark.parametrize("file", PYTHON, ids=lambda file: str(file.relative_to(HERE)))
+def test_no_line_is_longer_than_100_columns(file):
+    if file.relative_to(HERE).as_posix() not in LONG_LINES_ALLOWED:
+        lines = enumerate(file.read_text().splitlines(), 1)
+        assert not [number for number, line in lines if len(line) > 100]
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=name_of)
+def test_a_script_imports_common_pytorch_and_nothing_else(script):
+    tree = ast.parse(inspect.getsource(script))
+    imports = [node for node in ast.walk(tree) if isinstance(node, (ast.Import, ast.ImportFrom))]
+    names = {getattr(node, "module", alias.name) for node in imports for alias in node.names}
+    assert names <= {"common", "math", "torch", "torch.nn.functional"}
+
+
+@pytest.mark.parametrize("passage, one, other", [
+    ("Prompt.forward", coop, mvp_mi),
+    ("Prompt.class_features", coop, prograd),
+    ("first_context", coop, mvp_mi),
+])
+def test_what_scripts_share_is_the_same_to_the_letter(passage, one, other):
+    a, b = (inspect.getsource(attrgetter(passage)(script)) for script in (one, other))
+    assert a == b
+
+
+@pytest.mark.parametrize("script", [prograd, mvp_mi], ids=name_of)
+def test_the_update_is_described_in_the_same_words_as_coops(script):
+    ours, coops = (re.search(r"    u <- .*?\n\n", s.__doc__, re.S)[0] for s in (script, coop))
+    assert ours == coops
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=name_of)
+def test_what_to_try_first_are_commands_of_that_script(script, tmp_path, monkeypatch):
+    commands = re.findall(r"python (\w+)\.py(.*)", script.__doc__.split("Try first:")[1])
+    monkeypatch.setattr(common, "runs", lambda *_, **__: [])
+    monkeypatch.chdir(tmp_path)
+    for name, flags in commands:
+        assert name == script.__name__
+        flags = flags.split("  ")[0]                        # what is behind it is a comment
+        monkeypatch.setattr(sys, "argv", [f"{name}.py", *shlex.split(flags)])
+        script.main()
+    assert len(commands) == 3
