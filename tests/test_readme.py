@@ -39,7 +39,7 @@ def commands():
         for words in map(lambda text: shlex.split(text, comments=True), dict.fromkeys(lines)):
             start = [k for k, word in enumerate(words) if word in ("python", "!python", "echo")]
             argv = words[start[0] + 1:] if start else [""]
-            if argv and argv[0].endswith(".py") and (HERE / argv[0]).exists() and "/" not in argv[0]:
+            if argv and re.fullmatch(r"\w+\.py", argv[0]) and (HERE / argv[0]).exists():
                 found.append(argv)
     return found
 
