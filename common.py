@@ -1,7 +1,6 @@
 """What the four methods share, in the order in which a run uses it: flags, the runs of a command,
-CLIP, few-shot samples, image features, class features, schedule and batches, evaluation.
-
-What no reader of a method needs (file formats, downloads, the cache, records, tables) is in data/.
+CLIP, few-shot samples, image features, class features, schedule and batches, evaluation. What no
+reader of a method needs (file formats, downloads, the cache, records, tables) is in data/.
 
 Shapes: N images, B of them in a batch, V views of each, C classes, M context tokens, L tokens in
 all, W the width of the text tower, D the features'.
@@ -98,8 +97,6 @@ def parse(parser, argv=None):
 
     Raises Problem where the flags cannot be met."""
     args = parser.parse_args(argv)
-    if sys.stderr and sys.stderr.isatty():
-        print("reading the model and the pictures ...", file=sys.stderr)
     args.changed = {name: value for name, value in vars(args).items()
                     if value != parser.get_default(name)}
     embedded = CATALOGUE.get(args.dataset, {}).get("kind") == "world"
@@ -138,8 +135,7 @@ def runs(script, args, features=True):
     todo = sweep.left(sweep.share(jobs, mine, processes), about, args)
     if todo:
         clip = load_clip(args, data.crop)
-        for each in (data, *others):
-            checks.check_names(clip, each)
+        checks.check_names(clip, data, *others)
         halves = {"base": False, "new": True} if args.base_to_new else {}
         tests = [(name, data, *half(data.test, data.classnames, new))
                  for name, new in halves.items()]
@@ -188,8 +184,7 @@ class Clip:
 def load_clip(args, crop=0.08):
     """The CLIP of --backbone and --pretrained. A random crop keeps `crop` to 1 of the area.
 
-    Raises Problem if there is no such model or weights, or if its text tower is not CLIP's causal
-    transformer."""
+    Raises Problem if there is no such model, no weights, or a text tower that is not CLIP's."""
     torch.manual_seed(0)                                        # of --pretrained random
     model, preprocess, tokenizer = backbone.create(args.backbone, args.pretrained, args.device)
     text = backbone.text_tower(model)
@@ -207,10 +202,9 @@ def load_clip(args, crop=0.08):
 # ---------------------------------------------------------------- few-shot samples, halves
 
 def few_shot(items, shots, seed):
-    """CoOp's few-shot sample, draw for draw: `shots` items of each label.
+    """CoOp's few-shot sample, draw for draw: `shots` items of each label, or all that it has.
 
-    Labels in order of first appearance; a class with fewer items gives all it has. Reproduces the
-    index sets that CoOp's authors published."""
+    Labels in order of first appearance. Reproduces the samples that CoOp's authors published."""
     rng, by_label = random.Random(seed), {}
     for item in items:
         by_label.setdefault(item.label, []).append(item)
@@ -221,9 +215,7 @@ def few_shot(items, shots, seed):
 
 
 def half(items, classnames, new):
-    """The items of the base (first ceil(C/2)) or new classes, relabelled from 0, and their names.
-
-    As in CoCoOp, arXiv 2203.05557, section 4.1."""
+    """Items of the base (first ceil(C/2)) or new classes, relabelled from 0, and their names."""
     m = math.ceil(len(classnames) / 2)
     keep = range(m, len(classnames)) if new else range(m)
     items = [item._replace(label=item.label - keep.start) for item in items if item.label in keep]
