@@ -128,15 +128,9 @@ def test_views_0_takes_new_crops_every_epoch(cli, method):
 def test_own_pictures_are_learned_from(cli, tmp_path, method):
     folder = (tmp_path / "mine").resolve()
     for name in ("red_heart", "blue_arrow"):
-<<<<<<< HEAD
-        made_up_pictures(tmp_path / "mine" / name, 6, ending="png")
-    run = cli(method, *QUICK, "--dataset", tmp_path / "mine", "--backbone", common.TINY_CLIP)
-    assert run.status == 0 and run.records[0]["dataset"] == str(tmp_path / "mine"), run.err
-=======
         made_up_pictures(folder / name, 6, ending="png")
     run = cli(method, *QUICK, "--dataset", folder, "--backbone", common.TINY_CLIP)
     assert run.status == 0 and run.records[0]["dataset"] == str(folder), run.err
->>>>>>> mtests
 
 
 # ---------------------------------------------------------------- commands and processes
@@ -530,10 +524,7 @@ def test_text_prompts_take_the_place_of_those_of_the_block_before(tiny):
         prompt.encode_text(common.name_embeddings(tiny, NAMES), prompt.text())
     for hook in hooks:
         hook.remove()
-<<<<<<< HEAD
-=======
     assert len({x.shape for x in seen}) == 1                    # no prompt is added to another
->>>>>>> mtests
     for x, p in zip(seen[1:], prompt.text()[1:]):
         assert torch.equal(x[0, 1:3], p)
 
