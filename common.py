@@ -1,7 +1,6 @@
 """What the four methods share, in the order in which a run uses it: flags, the runs of a command,
-CLIP, few-shot samples, image features, class features, schedule and batches, evaluation.
-
-What no reader of a method needs (file formats, downloads, the cache, records, tables) is in data/.
+CLIP, few-shot samples, image features, class features, schedule and batches, evaluation. What no
+reader of a method needs (file formats, downloads, the cache, records, tables) is in data/.
 
 Shapes: N images, B of them in a batch, V views of each, C classes, M context tokens, L tokens in
 all, W the width of the text tower, D the features'.
@@ -30,7 +29,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torchvision.transforms import (
-    Compose, InterpolationMode, RandomHorizontalFlip, RandomResizedCrop)
+    CenterCrop, Compose, InterpolationMode, RandomHorizontalFlip, RandomResizedCrop, Resize)
 from tqdm import tqdm
 
 from data import backbone, checks, export, predict, records, sweep, text_tower
@@ -53,7 +52,6 @@ def flags(doc, lr, batch_size, n_ctx, embedded_lr=None):
     p = Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter,
                allow_abbrev=False)
     add, count = p.add_argument, number(int, 1, low_ok=True)
-    seed = number(int, 0, 2**31, low_ok=True)
     add("--dataset", type=known, default="shapes", metavar="NAME|PATH",
         help="a data set, or a folder of class folders (shapes, which is embedded)")
     add("--data-root", default=str(HERE / "data"), metavar="DIR",
@@ -68,7 +66,8 @@ def flags(doc, lr, batch_size, n_ctx, embedded_lr=None):
         help="the weights' open_clip tag or file, or 'random' (openai)")
     add("--shots", type=several(count), default=[4], metavar="N,...",
         help="training images per class (4)")
-    add("--seeds", type=several(seed), default=[1], metavar="N,...", help="a run for each (1)")
+    add("--seeds", type=several(number(int, 0, low_ok=True)), default=[1], metavar="N,...",
+        help="a run for each (1)")
     add("--base-to-new", action="store_true",
         help="learn the first half of the classes, test both halves")
     add("--transfer", type=several(known), default=[], metavar="NAME,...",
@@ -76,7 +75,7 @@ def flags(doc, lr, batch_size, n_ctx, embedded_lr=None):
     add("--n-ctx", type=count, default=n_ctx, metavar="N",
         help=f"learned context tokens ({n_ctx})")
     add("--epochs", type=count, metavar="N",
-        help="passes over the training images (the docstring says how many)")
+        help="passes over the training images (see the top of this help)")
     also = f"; embedded data: {embedded_lr}" if embedded_lr else ""
     add("--lr", type=number(), help=f"learning rate of SGD ({lr}{also})")
     p.learning_rates = lr, embedded_lr or lr
@@ -89,17 +88,7 @@ def flags(doc, lr, batch_size, n_ctx, embedded_lr=None):
     add("--device", choices=["cpu", "cuda"], help="where to compute (cuda where there is one)")
     add("--precision", choices=["fp32", "amp"],
         help="amp is autocast to bf16, else fp16 (amp on cuda, fp32 on cpu)")
-    add("--cache", default=str(HERE / "data" / "cache"), metavar="DIR",
-        help="where image features are kept (data/cache)")
-    add("--out", default="runs/results.jsonl", metavar="FILE",
-        help="a line of results is added here for every run (runs/results.jsonl)")
-    add("--again", action="store_true", help="repeat runs that --out has already")
-    add("--save", metavar="FILE",
-        help="keep what was learned; of several runs: 'ctx-{shots}-{seed}.safetensors'")
-    add("--export", metavar="FILE",
-        help="the run as safetensors, to repeat it in another framework (see data/export.py)")
-    add("--load", metavar="FILE", help="do not train, test what this file holds")
-    add("--predict", nargs="+", default=[], metavar="FILE", help="pictures to name the class of")
+    records.add_flags(p, HERE)
     return p
 
 
@@ -108,28 +97,17 @@ def parse(parser, argv=None):
 
     Raises Problem where the flags cannot be met."""
     args = parser.parse_args(argv)
-    if sys.stderr and sys.stderr.isatty():
-        print("reading the model and the pictures ...", file=sys.stderr)
     args.changed = {name: value for name, value in vars(args).items()
                     if value != parser.get_default(name)}
     embedded = CATALOGUE.get(args.dataset, {}).get("kind") == "world"
     args.backbone = args.backbone or (TINY_CLIP if embedded else "ViT-B-16")
     args.lr = args.lr or parser.learning_rates[embedded]
-    if args.pretrained and args.backbone.startswith("local-dir:"):
-        raise Problem(f"--pretrained {args.pretrained}: {args.backbone} holds its own weights")
-    if args.template is not None and args.template.count("{}") != 1:
-        raise Problem(f"--template {args.template!r}: needs one {{}} where the class name stands")
+    checks.check_flags(args)
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     args.precision = args.precision or ("amp" if args.device == "cuda" else "fp32")
     args.pretrained = args.pretrained or ("" if ":" in args.backbone else "openai")
     if args.device == "cuda":
-        if not torch.cuda.is_available():
-            raise Problem("--device cuda: PyTorch sees no CUDA device here; "
-                          "leave the flag out to use the CPU")
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
-    if getattr(args, "class_specific", False) and (args.base_to_new or args.transfer):
-        raise Problem("--class-specific has no context for classes that were not learned: "
-                      "no --base-to-new, no --transfer")
     records.check_writable(args.out, args.save, args.shots, args.seeds)
     return args
 
@@ -143,7 +121,7 @@ def runs(script, args, features=True):
     features  False for a method that changes the image tower: it encodes its own training images
 
     What --out has already is left out. Under torchrun, or in a Slurm array, every process takes its
-    share. All pictures are encoded, so found to be there and whole, before a training. Raises
+    share. All test pictures are encoded, so found to be there and whole, before a training. Raises
     Problem where the data set cannot serve the protocol."""
     mine, processes = sweep.rank()
     if args.export:
@@ -157,11 +135,11 @@ def runs(script, args, features=True):
     todo = sweep.left(sweep.share(jobs, mine, processes), about, args)
     if todo:
         clip = load_clip(args, data.crop)
-        checks.check_names(clip, data)
-        tests = [("all classes", data, data.test, data.classnames)]
-        if args.base_to_new:
-            tests = [(name, data, *half(data.test, data.classnames, name == "new"))
-                     for name in ("base", "new")]
+        checks.check_names(clip, data, *others)
+        halves = {"base": False, "new": True} if args.base_to_new else {}
+        tests = [(name, data, *half(data.test, data.classnames, new))
+                 for name, new in halves.items()]
+        tests = tests or [("all classes", data, data.test, data.classnames)]
         tests += [(other.name, other, other.test, other.classnames) for other in others]
         parts = [make_part(clip, args, *test) for test in tests]
         asked = [Item(file, 0, "") for file in args.predict]
@@ -188,7 +166,7 @@ class Clip:
     model: torch.nn.Module  # open_clip's, whose `visual` is the image tower
     text: torch.nn.Module   # its text tower
     tokenizer: object
-    preprocess: object      # PIL image -> (3, H, W), as CLIP was trained
+    preprocess: object      # PIL image -> (3, H, W), as CLIP is tested
     augment: object         # the same with a random crop and flip
     logit_scale: float      # tau
     device: str
@@ -206,16 +184,16 @@ class Clip:
 def load_clip(args, crop=0.08):
     """The CLIP of --backbone and --pretrained. A random crop keeps `crop` to 1 of the area.
 
-    Raises Problem if there is no such model or weights, or if its text tower is not CLIP's causal
-    transformer."""
+    Raises Problem if there is no such model, no weights, or a text tower that is not CLIP's."""
     torch.manual_seed(0)                                        # of --pretrained random
     model, preprocess, tokenizer = backbone.create(args.backbone, args.pretrained, args.device)
     text = backbone.text_tower(model)
     if text.positional_embedding.shape[1] < 256 and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)    # threads gain nothing on matrices so small, and wait actively
     size, bicubic = model.visual.preprocess_cfg["size"], InterpolationMode.BICUBIC
+    rest = [t for t in preprocess.transforms if not isinstance(t, (Resize, CenterCrop))]
     augment = Compose([RandomResizedCrop(size, (crop, 1.0), interpolation=bicubic),
-                       RandomHorizontalFlip(), *preprocess.transforms[2:]])
+                       RandomHorizontalFlip(), *rest])
     key = image_key(model.visual, preprocess, augment, args.precision, args.device)
     return Clip(model, text, tokenizer, preprocess, augment, model.logit_scale.exp().item(),
                 args.device, args.precision, key, args.class_chunk)
@@ -224,21 +202,20 @@ def load_clip(args, crop=0.08):
 # ---------------------------------------------------------------- few-shot samples, halves
 
 def few_shot(items, shots, seed):
-    """CoOp's few-shot sample, draw for draw: `shots` items of each label.
+    """CoOp's few-shot sample, draw for draw: `shots` items of each label, or all that it has.
 
-    Labels in order of first appearance; a class with fewer items gives all it has. Reproduces the
-    index sets that CoOp's authors published."""
+    Labels in order of first appearance. Reproduces the samples that CoOp's authors published."""
     rng, by_label = random.Random(seed), {}
     for item in items:
         by_label.setdefault(item.label, []).append(item)
-    some = lambda rows: rng.sample(rows, shots) if len(rows) >= shots else rows
-    return [item for rows in by_label.values() for item in some(rows)]
+    sample = []
+    for rows in by_label.values():
+        sample += rng.sample(rows, shots) if len(rows) >= shots else rows
+    return sample
 
 
 def half(items, classnames, new):
-    """The items of the base (first ceil(C/2)) or new classes, relabelled from 0, and their names.
-
-    As in CoCoOp, arXiv 2203.05557, section 4.1."""
+    """Items of the base (first ceil(C/2)) or new classes, relabelled from 0, and their names."""
     m = math.ceil(len(classnames) / 2)
     keep = range(m, len(classnames)) if new else range(m)
     items = [item._replace(label=item.label - keep.start) for item in items if item.label in keep]
@@ -352,9 +329,7 @@ def template_features(clip, template, classnames):
 # ---------------------------------------------------------------- the training's schedule
 
 def default_epochs(run):
-    """CoOp's length of the training: 50, 100, 100, 200, 200 epochs for 1, 2, 4, 8, 16 shots.
-
-    ImageNet: 50."""
+    """CoOp's: 50, 100, 100, 200, 200 for 1, 2, 4, 8, 16 shots; 50 on ImageNet."""
     if run.shots < 2 or run.data.name == "imagenet":
         return 50
     return 100 if run.shots < 8 else 200
@@ -496,13 +471,9 @@ class Run:
         if self.args.save and not self.args.load:
             records.save(self, prompt)
         if self.args.export:
-            epochs = len(self.history()["loss"])
-            rates = [learning_rate(epoch, epochs, self.args.lr) for epoch in range(epochs)]
-            export.write(self, prompt, rates, rows)
+            export.write(self, prompt, learning_rate, rows)
         record = records.add(self, prompt, rows, trained, more)  # before printing, which may fail
         self.clip.seconds = 0
         sweep.show(self.job.title, record)
         if self.asked:
-            tau, both = self.clip.logit_scale, self.classifiers(prompt, self.asked)
-            predict.show(self.args.predict, self.data.classnames, self.method,
-                         *((tau * f @ w.T).softmax(-1) for f, w in both))
+            predict.show(self, *self.classifiers(prompt, self.asked))

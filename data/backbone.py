@@ -5,6 +5,7 @@ from pathlib import Path
 
 import open_clip
 
+from data.download import ask_hub_once
 from data.errors import Problem
 
 
@@ -21,6 +22,8 @@ def create(name, tag, device):
     if not local and tag != "random" and not spec and not Path(tag).is_file():
         tags = ", ".join(open_clip.list_pretrained_tags_by_model(name)) or "no tag"
         raise Problem(f"--pretrained {tag}: {name} has {tags}, or give a file")
+    if spec.get("hf_hub"):
+        ask_hub_once()
     flags = {"require_pretrained": True}
     if tag == "random":
         flags = {"pretrained_text": False}
@@ -34,8 +37,8 @@ def create(name, tag, device):
     except Exception as error:  # whatever went wrong in open_clip, the way out is the same
         raise Problem(f"cannot load {name} {tag}: {error} "
                       "(no network? --pretrained FILE takes a weights file)") from None
-    tokenizer = open_clip.get_tokenizer(name)
-    if not causal(text_tower(model)) or not isinstance(tokenizer, open_clip.SimpleTokenizer):
+    tokenizer = open_clip.get_tokenizer(name) if causal(text_tower(model)) else None
+    if not isinstance(tokenizer, open_clip.SimpleTokenizer):
         raise Problem(f"--backbone {name}: its text tower is not CLIP's causal transformer, "
                       "which the prompts are for")
     return model.eval().requires_grad_(False), transform, tokenizer

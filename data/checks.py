@@ -1,5 +1,6 @@
-"""Are the class names fit for prompts, and can the pictures be read?"""
+"""Do the flags go together, are the class names fit for prompts, can the pictures be read?"""
 
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
@@ -9,12 +10,37 @@ from tqdm import tqdm
 from data.errors import Problem, regular_file
 
 
-def check_names(clip, data):
+def check_flags(args):
+    """Raises Problem where flags do not go together, or with this machine; else says what comes."""
+    if args.pretrained and args.backbone.startswith("local-dir:"):
+        raise Problem(f"--pretrained {args.pretrained}: {args.backbone} holds its own weights")
+    if len(set(args.transfer)) < len(args.transfer):
+        raise Problem(f"--transfer {','.join(args.transfer)}: names a data set twice")
+    if args.template is not None and args.template.count("{}") != 1:
+        raise Problem(f"--template {args.template!r}: needs one {{}} where the class name stands")
+    if getattr(args, "class_specific", False) and (args.base_to_new or args.transfer):
+        raise Problem("--class-specific has no context for classes that were not learned: "
+                      "no --base-to-new, no --transfer")
+    import torch  # here, since python common.py --data does without
+
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise Problem("--device cuda: PyTorch sees no CUDA device here; "
+                      "leave the flag out to use the CPU")
+    if sys.stderr and sys.stderr.isatty():
+        print("reading the model and the pictures ...", file=sys.stderr)
+
+
+def check_names(clip, *data_sets):
     """Prints a line if the text tower has never met words of the class names, as the tiny CLIP.
 
     Raises Problem where two classes have the same prompt or one has no name. ImageNet's published
     names hold two such pairs, so that a published data set is only told of."""
     met = clip.text.token_embedding.weight.ne(0).any(-1).tolist()  # never met: zeros
+    for data in data_sets:
+        check_names_of(clip, met, data)
+
+
+def check_names_of(clip, met, data):
     prompts, seen, strange = {}, {}, []
     for name in data.classnames:
         words = name.replace("_", " ").split()

@@ -11,7 +11,6 @@ import zipfile
 from http.client import HTTPException
 
 from filelock import FileLock
-from huggingface_hub import constants, get_session
 from tqdm import tqdm
 
 from data.errors import Problem, naming
@@ -167,12 +166,13 @@ def ask_hub_once(seconds=4):
 
     What was downloaded earlier is then taken, and what was not is missed at once, not after twelve
     tries in 50 s. It is a thread that asks, since looking up an address knows no timeout."""
+    from huggingface_hub import constants, get_session  # here: half a second that few runs need
+
     answers = []
 
     def ask():
-        session, address = get_session(), constants.ENDPOINT
         try:
-            answers.append(session.head(address, timeout=seconds))
+            answers.append(get_session().head(constants.ENDPOINT, timeout=seconds))
         except Exception:  # which one depends on the hub's version
             pass
 

@@ -64,9 +64,14 @@ def first_context(run, prompt):
 
 
 @torch.no_grad()
-def write(run, prompt, learning_rates, results):
-    """Writes --export, whole or not at all, after a training; `results` by part."""
-    steps = [run.plan(epoch) for epoch in range(len(learning_rates))]
+def write(run, prompt, schedule, results):
+    """Writes --export, whole or not at all, after a training.
+
+    schedule  (epoch, epochs, lr) -> the learning rate of that epoch
+    results   by part"""
+    epochs = len(run.history()["loss"])
+    learning_rates = [schedule(epoch, epochs, run.args.lr) for epoch in range(epochs)]
+    steps = [run.plan(epoch) for epoch in range(epochs)]
     tensors = {"features": run.features, "labels": run.labels,
                "learning_rates": torch.tensor(learning_rates, dtype=torch.float64)}
     for k, name in enumerate(("rows", "crops")):

@@ -39,6 +39,7 @@ class Data:
     origin: str = ""
     crop: float = 0.08  # random crops keep this part of a picture's area, at least
 
+
 def known(name):
     """A data set's name, or a folder's full path however it was written; else raises Problem."""
     if name in CATALOGUE:

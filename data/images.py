@@ -216,7 +216,7 @@ def read_pieces(folder, names, found, seen):
                 if file.stem != checksum(folder, piece):
                     raise SafetensorError("damaged")
                 found.update(pair for pair in zip(held, piece["rows"]) if pair[0] in names)
-        except FileNotFoundError:  # somebody has cleared the cache
+        except (OSError, MemoryError):  # cleared by somebody, or not to be read just now
             pass
         except Exception:  # damage can look like anything
             with contextlib.suppress(OSError):

@@ -257,10 +257,11 @@ def change_by_data_set(figure, few_shot_sets, base_to_new_sets):
     return f"{question} ({plural(shots, 'shot')})", left_out
 
 
-def histories(few_shot, base_to_new, key):
+def histories(few_shot, base_to_new, key, unit=None):
     """{label: mean of the records' list `key` over seeds and twentieths of the training}.
 
-    One for each protocol, shots and name; of an average over data sets, over those as well."""
+    One for each protocol, shots and name; of an average over data sets, over those as well. In
+    units of the records' number `unit`."""
     found = {}
     for methods, extra in ((few_shot, ""), (base_to_new, ", base to new")):
         for name, runs in methods.items():
@@ -270,7 +271,9 @@ def histories(few_shot, base_to_new, key):
                     parts = min(20, *(len(r[key]) for r in records))
                     values = [[part.mean() for part in np.array_split(r[key], parts)]
                               for r in records]
-                    found[f"{in_words(name)}, {plural(n, 'shot')}{extra}"] = np.mean(values, axis=0)
+                    units = [[r.get(unit, 1)] for r in records]
+                    found[f"{in_words(name)}, {plural(n, 'shot')}{extra}"] = np.mean(
+                        np.divide(values, units), axis=0)
     return found
 
 
@@ -306,23 +309,18 @@ def conflicts(figure, few_shot, base_to_new):
 
 
 def bound(figure, few_shot, base_to_new):
-    """MVP-MI's lower bounds of mutual information, and log C, which they cannot pass."""
-    records, lines = every_record(few_shot) + every_record(base_to_new), {}
-    records = [part for r in records for part in r.get("of", [r])]
-    for key in sorted({key for r in records for key in r if key.startswith("bound")}):
-        for label, values in histories(few_shot, base_to_new, key).items():
-            lines[label + key.removeprefix("bound").replace("_", ", ", 1)] = values
+    """MVP-MI's lower bounds of mutual information, as shares of log C, which they cannot pass."""
+    lines = {}
+    for key, of in (("bound", "of the written prompt"), ("image_bound", "of mixed images")):
+        for label, values in histories(few_shot, base_to_new, key, "log_C").items():
+            lines[f"{label}, {of}"] = 100 * values
     if not lines:
         return None, []
     axes = figure.subplots()
     left_out = over_training(axes, lines)
-    for limit in sorted({r["log_C"] for r in records if "log_C" in r}):
-        axes.axhline(limit, **DOTTED)
-        axes.text(100, limit, f"log C of {math.exp(limit):.0f} classes", fontsize=8,
-                  color="#555555", va="bottom", ha="right")
-    axes.margins(y=0.12)
-    axes.set(ylabel="bound, log C - $L_{nce}$ (nats)", ylim=at_least(axes.get_ylim(), 0.2))
-    return "MVP-MI: how much does the learned view tell about the written one?", left_out
+    axes.axhline(100, **DOTTED)
+    axes.set(ylabel="bound in % of log C", ylim=at_least(axes.get_ylim(), 5))
+    return "MVP-MI: how much does the learned prompt tell, of all that there is?", left_out
 
 
 def gap_against_gain(figure, few_shot, base_to_new):

@@ -110,7 +110,7 @@ if __name__ == "__main__":
     attributes = codes(scenes)
     tokenizer = open_clip.SimpleTokenizer()
     sentences = [world.caption(rng.choice(scenes), rng)[0] for _ in range(40000)]
-    used = tokenizer(sentences).unique()[1:]  # some 230; the first is 0, which fills up to 77
+    used = tokenizer(sentences).unique()[1:]  # about 110; the first is 0, which fills up to 77
 
     model = open_clip.CLIP(**CONFIG)
     table = torch.nn.Embedding(len(used), CONFIG["text_cfg"]["width"])

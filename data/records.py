@@ -18,6 +18,22 @@ from data.images import write_whole
 LEARNED = {"dataset": str, "shots": int, "seed": int, "protocol": str, "classes": list}
 
 
+def add_flags(p, here):
+    """Adds the flags that say where things are kept, `here` the repository's folder."""
+    add = p.add_argument
+    add("--cache", default=str(here / "data" / "cache"), metavar="DIR",
+        help="where image features are kept (data/cache)")
+    add("--out", default="runs/results.jsonl", metavar="FILE",
+        help="a line of results is added here for every run (runs/results.jsonl)")
+    add("--again", action="store_true", help="repeat runs that --out has already")
+    add("--save", metavar="FILE",
+        help="keep what was learned; of several runs: 'ctx-{shots}-{seed}.safetensors'")
+    add("--export", metavar="FILE",
+        help="the run as safetensors, to repeat it in another framework (see data/export.py)")
+    add("--load", metavar="FILE", help="do not train, test what this file holds")
+    add("--predict", nargs="+", default=[], metavar="FILE", help="pictures to name the class of")
+
+
 def fill(name, shots, seed):
     """The file of one run: {shots} and {seed} in the name become its numbers."""
     return name.replace("{shots}", str(shots)).replace("{seed}", str(seed))
@@ -187,5 +203,5 @@ def load(run, prompt):
         raise Problem(f"{file}: holds {found}, "
                       f"the flags given here (and the classes) ask for {wanted}")
     prompt.load_state_dict(tensors)
-    if getattr(prompt, "learned", None):    # MVP-MI treats classes that it has learned in another way
+    if getattr(prompt, "learned", None):    # MVP-MI treats the classes that it has learned apart
         prompt.learned = set(learned.get("classes", []))

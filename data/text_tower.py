@@ -47,16 +47,16 @@ def encode_text(clip, prompts):
 
 
 def shared_tokens(prompts):
-    """How many tokens at the start of all prompts are the same memory; 0 of a single prompt."""
+    """How many tokens at the start of all prompts are the same memory, end token excepted.
+
+    Their gradient goes to the first prompt's tensors: the same tensors, or views of one."""
+    where = lambda part: (part.data_ptr(), part.shape, part.stride())
     count = 0
-    if len(prompts) > 1:
-        for parts in zip(*prompts):
-            first = parts[0]
-            where = (first.data_ptr(), first.shape, first.stride())
-            if any((p.data_ptr(), p.shape, p.stride()) != where for p in parts[1:]):
-                break
-            count += len(first)
-    return count
+    for parts in zip(*prompts):
+        if len(set(map(where, parts))) > 1:
+            break
+        count += len(parts[0])
+    return min(count, min(sum(map(len, parts)) for parts in prompts) - 1)
 
 
 def in_chunks(clip, encode, prompts):

@@ -289,7 +289,7 @@ def test_where_there_are_no_locks_the_work_is_done_all_the_same(encoded, tmp_pat
 
 # ---------------------------------------------------------------- disks
 
-def test_a_disk_that_is_too_small_is_told_in_one_line_that_names_the_file(cli, tmp_path, monkeypatch):
+def test_a_disk_that_is_too_small_ends_in_a_line_with_the_file(cli, tmp_path, monkeypatch):
     monkeypatch.setattr(images, "SECONDS", 10**9)  # full pieces, which do not fit
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
     old = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)

@@ -91,7 +91,7 @@ def test_what_is_no_record_is_passed_over_and_counted(tmp_path):
 
 @pytest.mark.parametrize("more", [
     {"shift_after": None}, {"per_class": {"base": [["red", None, None]]}}, {"split": None},
-    {"flags": {"lr": None}}, {"bound": [0.5], "bound_visual": [0.5]}, {"conflicts": [1, 0.5]},
+    {"flags": {"lr": None}}, {"bound": [0.5], "image_bound": [0.5]}, {"conflicts": [1, 0.5]},
 ])
 def test_what_a_record_may_hold(more):
     assert results.is_record({**few_shot(), **more})
@@ -482,13 +482,18 @@ def test_conflicts_are_means_over_seeds_and_data_sets():
 
 
 def test_all_bounds_are_drawn_and_what_coincides_is_said():
-    runs = [few_shot("mvp_mi", bound=[1.0, 2.0], bound_visual=[0.5, 0.7], log_C=math.log(24)),
-            few_shot("mvp_mi", shots=16, bound=[1.0, 2.0], bound_visual=[0.5, 0.9])]
+    runs = [few_shot("mvp_mi", bound=[1.0, 2.0], image_bound=[0.5, 0.7], log_C=2.0),
+            few_shot("mvp_mi", shots=16, bound=[1.0, 2.0], image_bound=[0.5, 0.9], log_C=2.0)]
     (axes,) = drawn(runs)["bound"]
+    written, images = ", of the written prompt", ", of mixed images"
     assert legend(axes) == [
-        "MVP-MI, 4 shots", "MVP-MI, 16 shots (as MVP-MI, 4 shots)",
-        "MVP-MI, 4 shots, visual", "MVP-MI, 16 shots, visual"]
-    assert [text.get_text() for text in axes.texts] == ["log C of 24 classes"]
+        f"MVP-MI, 4 shots{written}", f"MVP-MI, 16 shots{written} (as MVP-MI, 4 shots{written})",
+        f"MVP-MI, 4 shots{images}", f"MVP-MI, 16 shots{images}"]
+
+
+def test_a_bound_is_drawn_as_a_share_of_log_C():
+    (axes,) = drawn([few_shot("mvp_mi", bound=[1.0, 2.0], log_C=2.0)])["bound"]
+    assert axes.lines[0].get_ydata() == pytest.approx([50, 100])
 
 
 def test_change_by_data_set_and_on_average():

@@ -115,6 +115,7 @@ class Training:
     log: list        # of every step what was logged, {name: tensor}
     gradients: list  # of every step the gradients that the optimiser was given, {parameter: tensor}
     buffers: list    # of every step what else the prompt holds, {name: tensor}
+    mixed: list      # of every step MVP-MI's mixtures: features (m, D), labels (m,)
 
 
 def flags(config):
@@ -133,6 +134,8 @@ def flags(config):
     if config["method"] == "prograd":
         made += ["--projection", config["projection_strength"],
                  "--temperature", config["temperature"]]
+    for key in ("mi_weight", "image_weight", "mi_temperature", "augment", "critic"):
+        made += [f"--{key.replace('_', '-')}", config[key]] if key in config else []
     return [str(flag) for flag in made]
 
 
@@ -141,10 +144,11 @@ def constant(epoch, epochs, lr):
     return lr
 
 
-def follow(config, learning_rate=constant, clip=None):
+def follow(config, learning_rate=constant, clip=None, mixed=None):
     """The training of `config` by its script's main(): made-up CLIP (or another), batch and start.
 
-    What is patched: where runs come from, the schedule, and how image features are encoded."""
+    What is patched: where runs come from, the schedule, how image features are encoded and, if
+    `mixed` is given, MVP-MI's mixtures: of every step the features and labels."""
     script, clip = importlib.import_module(config["method"]), clip or small_clip(config["clip"])
     restore, template = config["method"] == "restore", config.get("template", "a photo of a {}.")
     x, y = images(config), torch.tensor(config["labels"])
@@ -152,7 +156,7 @@ def follow(config, learning_rate=constant, clip=None):
         f = F.normalize(clip.model.encode_image(x), dim=-1)
     rows = torch.arange(len(y))
     batches = [(x, y, rows, 0 * rows)] * config["steps"] if restore else [(f, y)]
-    found = {"log": [], "gradients": [], "buffers": []}
+    found = {"log": [], "gradients": [], "buffers": [], "mixed": []}
 
     def logits(prompt):
         with torch.no_grad():
@@ -200,6 +204,11 @@ def follow(config, learning_rate=constant, clip=None):
     def encode_images(clip, items, cache=None, views=None, encode=None, *_):
         return encode(x).float()[:, None]
 
+    def mixup(*given):
+        step = len(found["mixed"])
+        found["mixed"].append(mixed[step] if mixed else draw(*given))
+        return found["mixed"][-1]
+
     with contextlib.ExitStack() as patches, tempfile.TemporaryDirectory() as folder:
         argv = [f"{config['method']}.py", *flags(config), "--device", "cpu"]
         patched = [(sys, "argv", [*argv, "--out", f"{folder}/results.jsonl"]),
@@ -207,6 +216,8 @@ def follow(config, learning_rate=constant, clip=None):
                    (common, "learning_rate", learning_rate),
                    (common, "encode_images", encode_images),
                    (common, "nearest_words", lambda *_: "")]
+        if draw := getattr(script, "mixup", None):
+            patched.append((script, "mixup", mixup))
         for where, name, what in patched:
             patches.enter_context(mock.patch.object(where, name, what))
         with contextlib.redirect_stdout(None):
@@ -299,6 +310,25 @@ def own_restore():
     write(HERE / "restore_paper.npz", config, arrays)
 
 
+def own_mvp_mi():
+    """MVP-MI with both terms and a learned estimator; what is mixed at random is recorded."""
+    config = {"method": "mvp_mi", "classnames": NAMES, "labels": [0, 3, 1, 4, 2, 2, 0, 1],
+              "template": "a centered satellite photo of {}.", "n_ctx": 4, "class_specific": False,
+              "class_token_position": "end", "context_words": "", "context_seed": 11,
+              "image_seed": 7, "image_size": 32, "lr": 0.002, "momentum": 0.9,
+              "weight_decay": 0.0005, "steps": 3, "mi_weight": 4.0, "image_weight": 1.0,
+              "mi_temperature": 0.07, "augment": 2, "critic": "learned", "clip": SMALL}
+    t = follow(config)
+    features, labels = zip(*t.mixed)
+    arrays = {"log": [[float(x) for x in step.values()] for step in t.log],
+              "mixed_features": torch.stack(features), "mixed_labels": torch.stack(labels),
+              "context_initial": t.context, "context_final": t.prompt.v.detach(),
+              "logits_initial": t.logits_initial, "logits_final": t.logits_final}
+    for k, gradients in enumerate(t.gradients):
+        arrays[f"gradient_used_{k}"] = gradients["v"]
+    write(HERE / "mvp_mi.npz", {**config, "columns": list(t.log[0])}, arrays)
+
+
 def weights(name, file):
     """The small CLIP of a reference file, and where RESTORE's parameters start, as safetensors."""
     config, _ = read(HERE / f"{name}.npz")
@@ -317,7 +347,9 @@ def main(what="", *given):
             complete(file)
     elif what == "own":
         own_restore()
-        complete(HERE / "restore_paper.npz")
+        own_mvp_mi()
+        for name in ("restore_paper", "mvp_mi"):
+            complete(HERE / f"{name}.npz")
     else:
         sys.exit(__doc__)
 
