@@ -176,7 +176,8 @@ def read(file):
             tensors = {name: content.get_tensor(name) for name in content.keys()}
             metadata = content.metadata() or {}
         meaning, learned = (json.loads(metadata.get(key, "{}")) for key in ("meaning", "learned"))
-        whole = {key: type(value) for key, value in learned.items()} in (LEARNED, {})
+        whole = ({key: type(value) for key, value in learned.items()} in (LEARNED, {})
+                 and all(type(name) is str for name in learned.get("classes", [])))
         if not whole or type(meaning) is not dict or not 0 <= learned.get("seed", 0) < 2**31:
             raise ValueError
     except (SafetensorError, OSError, ValueError, AttributeError, RecursionError):

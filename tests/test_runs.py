@@ -160,9 +160,11 @@ def test_a_load_file_with_odd_metadata(cli, tmp_path, learned, key, text):
 
 
 @pytest.mark.parametrize("changed", [
-    {"seed": 2**40}, {"seed": -1}, {"shots": "4"}, {"dataset": []}, {"more": 1}])
+    {"seed": 2**40}, {"seed": -1}, {"shots": "4"}, {"dataset": []}, {"more": 1},
+    {"classes": [["a"]]}])
 def test_a_load_file_whose_origin_makes_no_sense(cli, tmp_path, learned, changed):
-    origin = {"dataset": "shapes", "shots": 4, "seed": 1, "protocol": "few-shot", **changed}
+    origin = {"dataset": "shapes", "shots": 4, "seed": 1, "protocol": "few-shot",
+              "classes": ["a"], **changed}
     metadata = {"meaning": '{"method": "coop"}', "learned": json.dumps(origin)}
     save_file(load_file(learned), tmp_path / "odd.safetensors", metadata)
     refused(cli("coop", load=tmp_path / "odd.safetensors"), "odd.safetensors", "not a safetensors")
