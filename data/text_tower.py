@@ -5,6 +5,7 @@
    computed once, and the other tokens attend to them.
 2  The classes go through the tower in chunks, whose activations are not kept for the backward pass
    but computed again in it: memory stays flat as classes grow.
+3  Under float16 gradients are made larger on their way through the tower, and smaller behind it.
 """
 
 import functools
@@ -21,9 +22,12 @@ def encode_text(clip, prompts):
     """common.encode_text: class features of length 1, (C, D), of C prompts, lists of (l, W)."""
     check_length(clip, prompts)
     text, skip, past = clip.text, shared_tokens(prompts), []
+    half = torch.is_autocast_enabled(clip.device)
+    half = half and torch.get_autocast_dtype(clip.device) == torch.float16
+    scale = 1024 if half else 1     # small gradients are zeros in float16
     if skip:
         x = torch.cat(prompts[0])[:skip] + text.positional_embedding[:skip]
-        x = x[None]                                                         # (1, skip, W)
+        x = gradient_times(1 / scale, x[None])                              # (1, skip, W)
         for block in text.transformer.resblocks:
             q, k, v = queries_keys_values(block, x)                         # (1, heads, skip, .)
             x = finish(block, x, F.scaled_dot_product_attention(q, k, v, is_causal=True))
@@ -32,7 +36,7 @@ def encode_text(clip, prompts):
     def encode(some):
         x, last = pad(some, skip)                                           # (c, L, W), (c,)
         length = x.shape[1]
-        x = x + text.positional_embedding[skip:skip + length]
+        x = gradient_times(1 / scale, x + text.positional_embedding[skip:skip + length])
         sees = torch.ones(length, skip + length, dtype=torch.bool, device=x.device).tril(skip)
         for i, block in enumerate(text.transformer.resblocks):
             q, k, v = queries_keys_values(block, x)                         # (c, heads, L, .)
@@ -43,7 +47,15 @@ def encode_text(clip, prompts):
         return (feature(text, x[torch.arange(len(x)), last]),)
 
     (w,) = in_chunks(clip, encode, prompts)
-    return F.normalize(w.float(), dim=-1)
+    return F.normalize(gradient_times(scale, w.float()), dim=-1)
+
+
+def gradient_times(factor, x):
+    """x, whose gradient is multiplied by `factor` on its way back."""
+    if factor != 1 and x.requires_grad:
+        x = x.view_as(x)
+        x.register_hook(lambda gradient: gradient * factor)
+    return x
 
 
 def shared_tokens(prompts):

@@ -53,3 +53,18 @@ def test_a_steps_gradient_under_autocast(clip, method):
             w = training.prompt.class_features(["cat", "red car"])
         assert w.dtype == torch.float32
         assert w.norm(dim=-1).tolist() == pytest.approx([1, 1], abs=1e-6)
+
+
+def test_small_gradients_survive_float16(clip):
+    """On their way through the text tower they are scaled: float16 has nothing below 6e-8."""
+    start, end = common.start_end(clip)
+    v, names = 0.02 * torch.randn(4, 512), common.name_embeddings(clip, ["cat", "red car"])
+    d, found = 1e-5 * torch.randn(2, 512), []
+    for kind in (None, torch.float16):
+        context = v.clone().requires_grad_()
+        with torch.autocast("cpu", kind or torch.bfloat16, enabled=bool(kind)):
+            w = common.encode_text(clip, [[start, context, *pair, end] for pair in names])
+        w.backward(d)
+        found.append(context.grad.flatten())
+    assert torch.cosine_similarity(*found, dim=0) > 0.999
+    assert found[1].norm() / found[0].norm() == pytest.approx(1, abs=0.02)
