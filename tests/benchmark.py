@@ -72,7 +72,8 @@ def vit(*flags):
 def full_length_features(clip, v, names):
     """Class features as the authors compute them: every prompt padded to 77 tokens."""
     model, (start, end) = clip.model, common.start_end(clip)
-    prompts = [torch.cat([start, v, name, end]) for name, _ in common.name_tokens(clip, names)]
+    pairs = common.name_embeddings(clip, names)
+    prompts = [torch.cat([start, v, *pair, end]) for pair in pairs]
     x = torch.stack([F.pad(p, (0, 0, 0, 77 - len(p))) for p in prompts])
     x = x + model.positional_embedding
     x = model.ln_final(model.transformer(x, attn_mask=model.attn_mask))
