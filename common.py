@@ -35,7 +35,7 @@ from tqdm import tqdm
 from data import backbone, checks, export, predict, records, sweep, text_tower
 from data.files import CATALOGUE, Data, Item, known, load_data
 from data.images import cached, content_digests, image_key, load_pixels
-from data.text_tower import check_length, in_chunks, nearest_words, pad
+from data.text_tower import check_length, gradients, in_chunks, nearest_words, pad
 from data.text_tower import feature as text_feature
 
 HERE = Path(__file__).resolve().parent
@@ -107,23 +107,23 @@ def parse(parser, argv=None):
     args.precision = args.precision or ("amp" if args.device == "cuda" else "fp32")
     args.pretrained = args.pretrained or ("" if ":" in args.backbone else "openai")
     if args.device == "cuda":
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
+        torch.cuda.set_device(sweep.local_rank() % torch.cuda.device_count())
     records.check_writable(args.out, args.save, args.shots, args.seeds)
     return args
 
 
 # ---------------------------------------------------------------- the runs of a command
 
-def runs(script, args, features=True):
+def runs(script, args, features=True, check=lambda clip, args: None):
     """Yields one Run for every number of shots and every seed, the random numbers seeded.
 
     script    the method's __file__
     features  False for a method that changes the image tower: it encodes its own training images
+    check     (clip, args) -> raises Problem where the method does not suit this CLIP
 
     What --out has already is left out. Under torchrun, or in a Slurm array, every process takes its
     share. All test pictures are encoded, so found to be there and whole, before a training. Raises
     Problem where the data set cannot serve the protocol."""
-    mine, processes = sweep.rank()
     if args.export:
         export.check(args, features)
     data = load_data(args.dataset, args.data_root, args.template)
@@ -132,9 +132,10 @@ def runs(script, args, features=True):
         data, *others = map(checks.readable, [data, *others])
     about = sweep.about([Path(script), Path(__file__)], args, data, others)
     jobs = sweep.wanted(args, data)
-    todo = sweep.left(sweep.share(jobs, mine, processes), about, args)
+    todo = sweep.left(sweep.share(jobs, *sweep.rank()), about, args)
     if todo:
         clip = load_clip(args, data.crop)
+        check(clip, args)
         checks.check_names(clip, data, *others)
         halves = {"base": False, "new": True} if args.base_to_new else {}
         tests = [(name, data, *half(data.test, data.classnames, new))

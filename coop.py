@@ -1,26 +1,26 @@
 """CoOp: learn the words around the class name.
 
-Paper: Zhou, Yang, Loy, Liu, "Learning to Prompt for Vision-Language Models", IJCV 2022,
-arXiv 2109.01134.
+Zhou et al., "Learning to Prompt for Vision-Language Models", IJCV 2022, arXiv 2109.01134.
 
-CLIP classifies an image by comparing it with a sentence for every class, and a few words more or
-less in that sentence move the accuracy by several points. CoOp replaces the words by vectors and
-learns them from a few labelled images. CLIP itself stays frozen.
+CLIP classifies an image by comparing it with a sentence for every class; a few words more or less
+in it are worth several points. CoOp replaces them by vectors, learned from a few labelled images.
+CLIP itself stays frozen.
 
 The model
     w_c    = g([start, v_1, ..., v_M, name_c, ".", end])        class feature       Prompt.forward
     p(c|x) = softmax_c(tau f(x) . w_c)                          CLIP's classifier   train
     L      = -log p(y|x), mean over a batch                     cross-entropy       train
+    G      = dL/dv                                              its gradient        train
 
     x, y   an image and its label, one of the C classes that are learned
     f(x)   the feature that CLIP's image tower gives it, D numbers, of length 1
     g      CLIP's text tower: the feature that it reads at the end token, of length 1
-    v_m    the learned context, M = 16 vectors as wide as word embeddings (W); they start as noise,
-           N(0, 0.02^2), and are shared by all classes (--class-specific: M of them for each class)
+    v_m    the learned context, M = 16 vectors as wide as word embeddings (W), shared by all classes
+           (--class-specific: M of them for each class); they start as noise, N(0, 0.02^2)
     name_c the word embeddings of the class name (--position: or between the halves of v, or before)
     tau    CLIP's logit scale (100 in OpenAI's models)
 
-The update, once for each batch, with G = dL/dv
+The update, once for each batch; momentum and weight decay come after G
     u <- 0.9 u + G + 0.0005 v,  v <- v - r u       SGD: momentum (u = 0 at first), weight decay
     r = 1e-5 in epoch e = 0; in epochs e = 1, ..., E - 1 it is lr (1 + cos(pi (e - 1) / E)) / 2
     with lr = 0.002 and E = 50, 100, 200 epochs for 1, 2 to 7, 8 or more shots (ImageNet: 50)
@@ -30,8 +30,7 @@ The update, once for each batch, with G = dL/dv
 
 The test: argmax_c f(x) . w_c, for images resized as CLIP itself does, without a random crop.
 
-Try first:  python coop.py                              4 shots on the embedded data set
-            python coop.py --base-to-new --shots 16     what it costs on classes not learned
+Try first:  python coop.py --base-to-new --shots 16     what it costs on classes not learned
             python coop.py --ctx-init "a photo of a"    start from words instead of noise
 """
 
@@ -70,12 +69,11 @@ class Prompt(torch.nn.Module):
 
 def first_context(run, args):
     """Where v starts: noise, or the embeddings of words; M is then the number of their tokens."""
-    clip = run.clip
     copies = [len(run.classnames)] if args.class_specific else []
     if args.ctx_init:
-        return common.embed(clip, args.ctx_init).repeat(*copies, 1, 1)
-    width = clip.text.token_embedding.embedding_dim
-    return 0.02 * torch.randn(*copies, args.n_ctx, width, device=clip.device)
+        return common.embed(run.clip, args.ctx_init).repeat(*copies, 1, 1)
+    width = run.clip.text.token_embedding.embedding_dim
+    return 0.02 * torch.randn(*copies, args.n_ctx, width, device=run.clip.device)
 
 
 def train(prompt, run, args):
@@ -100,7 +98,7 @@ def train(prompt, run, args):
 def main():
     parser = common.flags(__doc__, lr=0.002, batch_size=32, n_ctx=16)
     parser.add_argument("--ctx-init", type=common.words, default="", metavar="WORDS",
-                        help="start from these words, which replace --n-ctx (noise)")
+                        help="start from these words instead")
     parser.add_argument("--class-specific", action="store_true",
                         help="learn one context per class instead of one for all")
     parser.add_argument("--position", choices=["end", "middle", "front"], default="end",

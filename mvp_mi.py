@@ -20,20 +20,22 @@ The model
     L_img  = - mean over f~ of log softmax_k(T(w_k, f~))_y~     InfoNCE [O]         train
     L      = - mean over batch and f~ of log p(y|.)             [O]: f~ in it, too
              + lambda L_view + mu L_img                                             train
+    G      = dL/dv                                              its gradient        train
     c and k run over all C classes that are learned: L_view compares C x C pairs of prompts, the
     same in every batch, and L_img every f~ with the C learned prompts.
 
     x, y   an image and its label, one of the C classes that are learned
     f(x)   the feature that CLIP's image tower gives it, D numbers, of length 1
     g      CLIP's text tower: the feature that it reads at the end token, of length 1
-    v_m    the learned context, M = 16 vectors as wide as word embeddings (W); they start as noise,
-           N(0, 0.02^2), and are shared by all classes (--class-specific: M of them for each class)
+    v_m    the learned context, M = 16 vectors as wide as word embeddings (W), shared by all classes
+           (--class-specific: M of them for each class); they start as noise, N(0, 0.02^2)
     name_c the word embeddings of the class name (--position: or between the halves of v, or before)
     tau    CLIP's logit scale (100 in OpenAI's models)
     f~, y~ K = 2 for each class y~ in a batch [O]: i and j are two draws from all training images of
            that class, each as a random crop; a is uniform in [0, 1], that is Beta(1, 1)
-    A, B   (D, D) maps that start at the identity, t starts at 0.07 and is learned as log t: one
-           estimator for both terms. At the start, and with --critic cosine always, T = cos / 0.07
+    A, B   (D, D) maps that start at the identity, t starts at 0.07: one estimator for both terms.
+           A, B and log t are learned as v is, but without weight decay. At the start, and with
+           --critic cosine always, T = cos / 0.07
     lambda = 4, mu = 1: the best harmonic mean of base and new classes on validation images, as an
            average over the embedded data sets, of a few (lambda 0, 1, 4, 16; t 0.07, 0.3, 1)
 
@@ -46,7 +48,7 @@ learned one can reach log C by itself (t falls, A and B turn), and then its grad
 with it the regularisation. The paper's is learned, so the default is; the README has both. I(w; f~)
 is bounded alike, by log C - L_img, and is less than log C where images of two classes look alike.
 
-The update, once for each batch, with G = dL/dv; A, B and log t likewise, without weight decay
+The update, once for each batch; momentum and weight decay come after G
     u <- 0.9 u + G + 0.0005 v,  v <- v - r u       SGD: momentum (u = 0 at first), weight decay
     r = 1e-5 in epoch e = 0; in epochs e = 1, ..., E - 1 it is lr (1 + cos(pi (e - 1) / E)) / 2
     with lr = 0.002 and E = 50, 100, 200 epochs for 1, 2 to 7, 8 or more shots (ImageNet: 50)
@@ -108,12 +110,11 @@ class Prompt(torch.nn.Module):
 
 def first_context(run, args):
     """Where v starts: noise, or the embeddings of words; M is then the number of their tokens."""
-    clip = run.clip
     copies = [len(run.classnames)] if args.class_specific else []
     if args.ctx_init:
-        return common.embed(clip, args.ctx_init).repeat(*copies, 1, 1)
-    width = clip.text.token_embedding.embedding_dim
-    return 0.02 * torch.randn(*copies, args.n_ctx, width, device=clip.device)
+        return common.embed(run.clip, args.ctx_init).repeat(*copies, 1, 1)
+    width = run.clip.text.token_embedding.embedding_dim
+    return 0.02 * torch.randn(*copies, args.n_ctx, width, device=run.clip.device)
 
 
 class Critic(torch.nn.Module):
@@ -182,7 +183,7 @@ def train(prompt, run, args):
 def main():
     parser = common.flags(__doc__, lr=0.002, batch_size=32, n_ctx=16)
     parser.add_argument("--ctx-init", type=common.words, default="", metavar="WORDS",
-                        help="start from these words, which replace --n-ctx (noise)")
+                        help="start from these words instead")
     parser.add_argument("--class-specific", action="store_true",
                         help="learn one context per class instead of one for all")
     parser.add_argument("--position", choices=["end", "middle", "front"], default="end",

@@ -1,27 +1,26 @@
 """ProGrad: learn the words around the class name, but not against what the written prompt knows.
 
-Paper: Zhu, Niu, Han, Wu, Zhang, "Prompt-aligned Gradient for Prompt Tuning", ICCV 2023,
-arXiv 2205.14865.
+Zhu et al., "Prompt-aligned Gradient for Prompt Tuning", ICCV 2023, arXiv 2205.14865.
 
-CoOp's context, learned from a few images, forgets what CLIP knew: with few shots, or on new
-classes, it can end below the zero-shot classifier. ProGrad follows the gradient of the few images
-only as far as it does not undo the predictions of a written prompt. CLIP itself stays frozen.
+CoOp's context, learned from a few images, forgets what CLIP knew: of other classes, above all.
+ProGrad follows CoOp's gradient only as far as it does not undo what a written prompt predicts.
+CLIP itself stays frozen.
 
 The model
     w_c    = g([start, v_1, ..., v_M, name_c, ".", end])        class feature       Prompt.forward
     p(c|x) = softmax_c(tau f(x) . w_c)                          CLIP's classifier   train
-    L_d    = -log p(y|x), mean over a batch                     the domain's loss   losses
-    L_g    = -sum_c p_zs(c|x) log p(c|x), mean over a batch     the general loss    losses
-    G_d    = dL_d/dv,  G_g = dL_g/dv                            two gradients       gradients
-    G      = G_d                                         if G_d . G_g >= 0          project
-           = G_d - lambda (G_d . G_g / |G_g|^2) G_g      otherwise: a conflict      project
+    L      = -log p(y|x), mean over a batch                     cross-entropy       train
+    L_g    = -sum_c p_zs(c|x) log p(c|x), mean over a batch     the general loss    train
+    G_d    = dL/dv,  G_g = dL_g/dv                              two gradients       train
+    G      = G_d                                       if G_d . G_g >= 0            project
+           = G_d - lambda (G_d . G_g / |G_g|^2) G_g    otherwise: a conflict        project
 
     x, y   an image and its label, one of the C classes that are learned
     f(x)   the feature that CLIP's image tower gives it, D numbers, of length 1
     g      CLIP's text tower: the feature that it reads at the end token, of length 1
-    v_m    the learned context, M = 16 vectors as wide as word embeddings (W); the last of them
-           start as the words before the name in ProGrad's template of the data set, the others as
-           zeros, and are shared by all classes (--class-specific: M of them for each class)
+    v_m    the learned context, M = 16 vectors as wide as word embeddings (W), shared by all classes
+           (--class-specific: M of them for each class); they start as zeros, but the last ones as
+           the words before the name in ProGrad's template of the data set
     name_c the word embeddings of the class name (--position: or between the halves of v, or before)
     tau    CLIP's logit scale (100 in OpenAI's models)
     p_zs   the template's own prediction, zero-shot: softmax_c(tau f(x) . g(template of c))
@@ -29,10 +28,9 @@ The model
     L_g is KL(p_zs || p) plus the entropy of p_zs, which does not depend on v. It is not minimised,
     it only vetoes: in a conflict G . G_g = (1 - lambda) G_d . G_g, so that with lambda = 1 a small
     step along -G leaves L_g where it is. The dot products are over all numbers of v: one decision
-    for v, with --class-specific too. With --temperature T the logits in L_g are divided by T, and
-    L_g is times T^2. Words of the template that v does not take stay, frozen, before name_c.
+    for v, with --class-specific too. --temperature T: logits in L_g over T, and L_g times T^2.
 
-The update, once for each batch, with that G: momentum and decay come after the projection
+The update, once for each batch; momentum and weight decay come after G
     u <- 0.9 u + G + 0.0005 v,  v <- v - r u       SGD: momentum (u = 0 at first), weight decay
     r = 1e-5 in epoch e = 0; in epochs e = 1, ..., E - 1 it is lr (1 + cos(pi (e - 1) / E)) / 2
     with lr = 0.002 and E = 50, 100, 200 epochs for 1, 2 to 7, 8 or more shots (ImageNet: 50)
@@ -42,8 +40,7 @@ The update, once for each batch, with that G: momentum and decay come after the 
 
 The test: argmax_c f(x) . w_c, for images resized as CLIP itself does, without a random crop.
 
-Try first:  python prograd.py                           4 shots on the embedded data set
-            python prograd.py --base-to-new --shots 16  what is kept of classes not learned
+Try first:  python prograd.py --base-to-new --shots 16  what is kept of classes not learned
             python prograd.py --projection 0            CoOp, started from the template
 """
 
@@ -56,10 +53,10 @@ import torch.nn.functional as F
 class Prompt(torch.nn.Module):
     """The learned context v: (M, W), shared by all classes, or (C, M, W), class-specific."""
 
-    def __init__(self, clip, v, position="end", left_over=()):
+    def __init__(self, clip, v, left_over, position="end"):
         super().__init__()
         self.clip, self.position = clip, position
-        self.left_over = left_over      # embeddings (l, W) that stay before the name
+        self.left_over = left_over      # words (l, W) that stay, frozen, before the name
         self.v = torch.nn.Parameter(v)
 
     def forward(self, names):
@@ -69,7 +66,7 @@ class Prompt(torch.nn.Module):
         for c, (name, dot) in enumerate(names):                         # (l, W) and (1, W)
             v = self.v if self.v.ndim == 2 else self.v[c]               # (M, W)
             half = len(v) // 2
-            name = torch.cat([*self.left_over, name])
+            name = torch.cat([self.left_over, name])
             prompts.append({
                 "end": [start, v, name, dot, end],
                 "middle": [start, v[:half], name, v[half:], dot, end],
@@ -82,45 +79,23 @@ class Prompt(torch.nn.Module):
         return self(common.name_embeddings(self.clip, classnames))
 
 
-def template_words(run, args):
-    """Embeddings of the words before the name: what v starts as (m, W), and what is left over.
-
-    As in the authors' code m is the number of words between spaces: of the 9 tokens of "a type of
-    pet, a photo of a" (8 words and a comma) the last "a" is left over."""
-    words = args.ctx_init or run.data.prograd_template.split("{}")[0]
-    return common.embed(run.clip, words).tensor_split([len(words.split())])
-
-
 def first_context(run, args):
-    """Where v starts: the words at its end (the last M of them), zeros before."""
-    words = template_words(run, args)[0][-args.n_ctx:]
+    """Where v starts, zeros and then the last M words; and the words that are left over. As in the
+    authors' code v takes as many tokens as there are words between spaces: of "a type of pet, a
+    photo of a", 9 tokens with the comma, the last "a" is left over."""
     copies = [len(run.classnames)] if args.class_specific else []
-    v = F.pad(words, (0, 0, args.n_ctx - len(words), 0))                # (M, W), zeros first
-    return v.repeat(*copies, 1, 1)
-
-
-def losses(logits, zero_shot, y, T=1.0):
-    """L_d and L_g of a batch. logits and the template's zero_shot logits (B, C), labels y (B)."""
-    p_zs = F.softmax(zero_shot / T, -1)
-    log_p = F.log_softmax(logits / T, -1)
-    return F.cross_entropy(logits, y), -T ** 2 * (p_zs * log_p).sum(-1).mean()
-
-
-def gradients(l_d, l_g, w, v):
-    """G_d and G_g: torch.autograd.grad(l_d, v) and torch.autograd.grad(l_g, v), shaped as v.
-
-    From w on both go back through the text tower, the expensive part, in one batched pass."""
-    dw = [torch.autograd.grad(loss, w, retain_graph=True)[0] for loss in (l_d, l_g)]
-    return torch.autograd.grad(w, v, torch.stack(dw), is_grads_batched=True)[0]
+    text = args.ctx_init or run.data.prograd_template.split("{}")[0]
+    words, left_over = common.embed(run.clip, text).tensor_split([len(text.split())])
+    v = F.pad(words, (0, 0, args.n_ctx - len(words), 0))    # (M, W); cuts where words are more
+    return v.repeat(*copies, 1, 1), left_over
 
 
 def project(g_d, g_g, lambda_=1.0):
-    """G, that is G_d without its component against G_g; and the cosine of G_d and G_g."""
+    """G: of G_d what does not go against G_g. All are shaped as v."""
     dot = (g_d * g_g).sum()
-    cosine = dot / (g_d.norm() * g_g.norm()).clamp_min(1e-20)
     if dot >= 0:
-        return g_d, cosine
-    return g_d - lambda_ * dot / (g_g * g_g).sum() * g_g, cosine
+        return g_d
+    return g_d - lambda_ * dot / (g_g * g_g).sum() * g_g
 
 
 def train(prompt, run, args):
@@ -129,25 +104,28 @@ def train(prompt, run, args):
     names = common.name_embeddings(clip, run.classnames)
     optimizer = torch.optim.SGD(prompt.parameters(), args.lr, momentum=0.9, weight_decay=5e-4)
     epochs = args.epochs or common.default_epochs(run)
-    w_zs = common.template_features(clip, run.data.prograd_template, run.classnames)  # (C, D)
+    template, T = run.data.prograd_template, args.temperature
+    w_zs = common.template_features(clip, template, run.classnames)     # (C, D)
     for epoch in common.progress(range(epochs), desc="training", unit="epoch"):
         optimizer.param_groups[0]["lr"] = common.learning_rate(epoch, epochs, args.lr)
         for f, y in run.batches(epoch):                                 # (B, D), (B)
             with clip.autocast():
                 w = prompt(names)                                       # (C, D)
             logits = clip.logit_scale * f @ w.T                         # (B, C)
-            zero_shot = clip.logit_scale * f @ w_zs.T                   # (B, C)
-            l_d, l_g = losses(logits, zero_shot, y, args.temperature)
-            g_d, g_g = gradients(l_d, l_g, w, prompt.v)
-            prompt.v.grad, cosine = project(g_d, g_g, args.projection)  # replaces the last one
+            loss = F.cross_entropy(logits, y)
+            p_zs = F.softmax(clip.logit_scale * f @ w_zs.T / T, -1)     # (B, C)
+            l_g = T ** 2 * F.cross_entropy(logits / T, p_zs)
+            g_d, g_g = common.gradients((loss, l_g), w, prompt.v)       # dL/dv and dL_g/dv
+            prompt.v.grad = project(g_d, g_g, args.projection)
+            cosine = F.cosine_similarity(g_d.flatten(), g_g.flatten(), dim=0)
             optimizer.step()
-            run.log(epoch, loss=l_d, general_loss=l_g, cosine=cosine, conflicts=cosine < 0)
+            run.log(epoch, loss=loss, general_loss=l_g, cosine=cosine, conflicts=cosine < 0)
 
 
 def main():
     parser = common.flags(__doc__, lr=0.002, batch_size=32, n_ctx=16)
     parser.add_argument("--ctx-init", type=common.words, default="", metavar="WORDS",
-                        help="start from these words, zeros before (the template's)")
+                        help="start from these words instead")
     parser.add_argument("--class-specific", action="store_true",
                         help="learn one context per class instead of one for all")
     parser.add_argument("--position", choices=["end", "middle", "front"], default="end",
@@ -158,8 +136,7 @@ def main():
                         help="of the general loss (1)")
     args = common.parse(parser)
     for run in common.runs(__file__, args):
-        prompt = Prompt(run.clip, first_context(run, args), args.position,
-                        template_words(run, args)[1:])
+        prompt = Prompt(run.clip, *first_context(run, args), args.position)
         if args.load:
             run.load(prompt)
         else:

@@ -329,8 +329,7 @@ def main():
     if released and args.towers != "both":
         raise common.Problem("--prompts coupled and --shift gram need prompts in both towers, "
                              f"not --towers {args.towers}")
-    for run in common.runs(__file__, args, features=False):
-        check(run.clip, args)
+    for run in common.runs(__file__, args, features=False, check=check):
         prompt = (Released if released else Prompt)(run.clip, args)
         before = measure(prompt, run) if run.items else {}      # a data set for testing has none
         if args.load:

@@ -60,7 +60,8 @@ def tokens(clip, data, classnames):
 def first_context(run, prompt):
     """The context before the training: its script makes it anew, from the run's seed."""
     torch.manual_seed(run.seed)
-    return sys.modules[type(prompt).__module__].first_context(run, run.args)
+    v = sys.modules[type(prompt).__module__].first_context(run, run.args)
+    return v[0] if isinstance(v, tuple) else v      # ProGrad's has words that stay as well
 
 
 @torch.no_grad()

@@ -52,6 +52,11 @@ def rank():
     return 0, 1
 
 
+def local_rank():
+    """Under torchrun this process's number on its machine, else 0."""
+    return whole("LOCAL_RANK") if "LOCAL_RANK" in os.environ else 0
+
+
 def share(jobs, mine, processes):
     """This process's share of the jobs; a single one is everyone's own. Says if there is none."""
     some = jobs[mine::processes] if len(jobs) > 1 else jobs

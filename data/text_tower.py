@@ -58,6 +58,14 @@ def gradient_times(factor, x):
     return x
 
 
+def gradients(losses, w, v):
+    """torch.autograd.grad(loss, v), shaped as v, of several losses of the class features w (C, D).
+
+    From w on all go back through the text tower, the expensive part, in one batched pass."""
+    dw = [torch.autograd.grad(loss, w, retain_graph=True)[0] for loss in losses]
+    return torch.autograd.grad(w, v, torch.stack(dw), is_grads_batched=True)[0]
+
+
 def shared_tokens(prompts):
     """How many tokens at the start of all prompts are the same memory, end token excepted.
 

@@ -88,9 +88,9 @@ def authors_step(clip, pixels, y, v, zero_shot):
     f = model.encode_image(pixels, normalize=True)
     with torch.no_grad():
         teacher = model.encode_image(pixels, normalize=True) @ zero_shot.T
-    l_d, l_g = prograd.losses(clip.logit_scale * f @ w.T, clip.logit_scale * teacher, y)
-    g_d = torch.autograd.grad(l_d, v, retain_graph=True)[0]
-    g_g = torch.autograd.grad(l_g, v)[0]
+    logits, p_zs = clip.logit_scale * f @ w.T, F.softmax(clip.logit_scale * teacher, -1)
+    g_d = torch.autograd.grad(F.cross_entropy(logits, y), v, retain_graph=True)[0]
+    g_g = torch.autograd.grad(F.cross_entropy(logits, p_zs), v)[0]
     return prograd.project(g_d, g_g)
 
 
@@ -110,7 +110,8 @@ def step(steps):
     print(f"authors' way   {authors:7.3f} s a step")
     for script in (coop, prograd):
         run = made_up_run(clip, NAMES, TEMPLATE, [(f, y)] * steps, args)
-        prompt = script.Prompt(clip, script.first_context(run, args))
+        start = script.first_context(run, args)
+        prompt = script.Prompt(clip, *(start if isinstance(start, tuple) else (start,)))
         each = timed(lambda: script.train(prompt, run, args), 3) / steps  # noqa: B023
         print(f"{script.__name__:<14} {each:7.3f} s a step   {authors / each:6.1f} times as fast")
 
@@ -199,7 +200,7 @@ def together(steps):
     with tempfile.TemporaryDirectory() as folder:
         def wall(count):
             """Seconds until as many runs, started at once, have all ended."""
-            command = [sys.executable, HERE / "prograd.py", "--cache", folder, "--out"]
+            command = [sys.executable, HERE / "prograd.py", "--cache", folder, "--again", "--out"]
             start = time.perf_counter()
             running = [subprocess.Popen([*command, f"{folder}/{count}-{k}.jsonl"],
                                         stdout=subprocess.DEVNULL, env=as_installed())
