@@ -6,7 +6,7 @@ CLIP classifies an image by comparing it with a sentence for every class; a few 
 in it are worth several points. CoOp replaces them by vectors, learned from a few labelled images.
 CLIP itself stays frozen.
 
-The model
+The model; on the right, the function that computes it
     w_c    = g([start, v_1, ..., v_M, name_c, ".", end])        class feature       Prompt.forward
     p(c|x) = softmax_c(tau f(x) . w_c)                          CLIP's classifier   train
     L      = -log p(y|x), mean over a batch                     cross-entropy       train
@@ -16,19 +16,23 @@ The model
     f(x)   the feature that CLIP's image tower gives it, D numbers, of length 1
     g      CLIP's text tower: the feature that it reads at the end token, of length 1
     v_m    the learned context, M = 16 vectors as wide as word embeddings (W), shared by all classes
-           (--class-specific: M of them for each class); they start as noise, N(0, 0.02^2)
-    name_c the word embeddings of the class name (--position: or between the halves of v, or before)
-    tau    CLIP's logit scale (100 in OpenAI's models)
+           (--class-specific: M of them for each one, none for new ones); they start as
+           noise, N(0, 0.02^2)
+    name_c the embeddings of the class name's tokens (--position middle: behind the first M // 2 of
+           v; front: before v)
+    tau    CLIP's logit scale, not its logarithm: 100 in OpenAI's models
 
-The update, once for each batch; momentum and weight decay come after G
-    u <- 0.9 u + G + 0.0005 v,  v <- v - r u       SGD: momentum (u = 0 at first), weight decay
+The update, once for each batch, SGD: to G come weight decay, then momentum (u = 0 at first)
+    u <- 0.9 u + (G + 0.0005 v),  v <- v - r u
     r = 1e-5 in epoch e = 0; in epochs e = 1, ..., E - 1 it is lr (1 + cos(pi (e - 1) / E)) / 2
-    with lr = 0.002 and E = 50, 100, 200 epochs for 1, 2 to 7, 8 or more shots (ImageNet: 50)
-    A batch is 32 of the training images, in random order; the last one of an epoch is not used if
-    it is smaller, unless it is the only one. Of every image ten random crops are encoded before
-    the training; one of the ten is drawn whenever it is used (--views 0: a new crop every time).
+    with lr = 0.002; E = 50 epochs for 1 shot (training image per class), 100 for 2 to 7, 200 for
+    more, and always 50 on ImageNet
+    A batch is 32 of the training images, shuffled anew in every epoch; the last one is not used if
+    it is smaller, unless it is the only one. Of every image ten random crops, flipped or not, are
+    encoded before the training; of the ten one is drawn whenever it is used (--views 0: new ones).
 
-The test: argmax_c f(x) . w_c, for images resized as CLIP itself does, without a random crop.
+The test: argmax_c f(x) . w_c over the classes that are tested (--base-to-new: the learned ones,
+then the others), for images resized as CLIP itself does, without a random crop.
 
 Try first:  python coop.py --base-to-new --shots 16     what it costs on classes not learned
             python coop.py --ctx-init "a photo of a"    start from words instead of noise
@@ -49,7 +53,7 @@ class Prompt(torch.nn.Module):
         self.v = torch.nn.Parameter(v)
 
     def forward(self, names):
-        """Class features w (C, D). names: embeddings of name_c and of the "." for each class."""
+        """Class features w (C, D). names: C pairs, embeddings of name_c and of the "." after it."""
         start, end = common.start_end(self.clip)                        # (1, W) each
         prompts = []
         for c, (name, dot) in enumerate(names):                         # (l, W) and (1, W)
@@ -85,7 +89,7 @@ def train(prompt, run, args):
     for epoch in common.progress(range(epochs), desc="training", unit="epoch"):
         optimizer.param_groups[0]["lr"] = common.learning_rate(epoch, epochs, args.lr)
         for f, y in run.batches(epoch):                                 # (B, D), (B)
-            with clip.autocast():
+            with clip.autocast():                                       # on a GPU in bf16
                 w = prompt(names)                                       # (C, D)
             logits = clip.logit_scale * f @ w.T                         # (B, C)
             loss = F.cross_entropy(logits, y)

@@ -9,15 +9,15 @@ maximised, so that the learned one keeps the general meaning [P]. Class-wise Mix
 features widens what the prompt is trained against [P], and takes part in the mutual information,
 which a learned estimator measures [P]. CLIP itself stays frozen.
 
-The model
+The model; on the right, the function that computes it
     w_c    = g([start, v_1, ..., v_M, name_c, ".", end])        class feature       Prompt.forward
     p(c|x) = softmax_c(tau f(x) . w_c)                          CLIP's classifier   train
     h_c    = g(template of c)                                   written prompt      train
-    f~     = (a f(x_i) + (1 - a) f(x_j)), of length 1           class-wise Mixup    mixup
-    T(w,b) = cos(A w, B b) / t                                  the estimator [O]   Critic
+    z      = a f(x_i) + (1 - a) f(x_j),  f~ = z / |z|           class-wise Mixup    mixup
+    T(w,b) = cos(A w, B b) / t,  b an h_k or an f~              the estimator [O]   Critic
     L_view = -1/(2C) sum_c [log softmax_k(T(w_c, h_k))_c
                           + log softmax_k(T(w_k, h_c))_c]       InfoNCE [O]         info_nce
-    L_img  = - mean over f~ of log softmax_k(T(w_k, f~))_y~     InfoNCE [O]         train
+    L_img  = - mean over f~ of log softmax_k(T(w_k, f~))_y~     InfoNCE with w [O]  train
     L      = - mean over batch and f~ of log p(y|.)             [O]: f~ in it, too
              + lambda L_view + mu L_img                                             train
     G      = dL/dv                                              its gradient        train
@@ -28,33 +28,38 @@ The model
     f(x)   the feature that CLIP's image tower gives it, D numbers, of length 1
     g      CLIP's text tower: the feature that it reads at the end token, of length 1
     v_m    the learned context, M = 16 vectors as wide as word embeddings (W), shared by all classes
-           (--class-specific: M of them for each class); they start as noise, N(0, 0.02^2)
-    name_c the word embeddings of the class name (--position: or between the halves of v, or before)
-    tau    CLIP's logit scale (100 in OpenAI's models)
-    f~, y~ K = 2 for each class y~ in a batch [O]: i and j are two draws from all training images of
-           that class, each as a random crop; a is uniform in [0, 1], that is Beta(1, 1)
+           (--class-specific: M of them for each one, none for new ones); they start as
+           noise, N(0, 0.02^2)
+    name_c the embeddings of the class name's tokens (--position middle: behind the first M // 2 of
+           v; front: before v)
+    tau    CLIP's logit scale, not its logarithm: 100 in OpenAI's models
+    f~, y~ K = 2 for each class y~ in a batch [O]: i and j are drawn, with replacement, from all
+           training images of that class, each as a random crop; a is uniform in [0, 1], Beta(1, 1)
     A, B   (D, D) maps that start at the identity, t starts at 0.07: one estimator for both terms.
-           A, B and log t are learned as v is, but without weight decay. At the start, and with
-           --critic cosine always, T = cos / 0.07
-    lambda = 4, mu = 1: the best harmonic mean of base and new classes on validation images, as an
-           average over the embedded data sets, of a few (lambda 0, 1, 4, 16; t 0.07, 0.3, 1)
+           A, B and log t are learned as v is, but without weight decay. --critic cosine: they
+           stay as they start, T = cos / 0.07
+    lambda = 4, and t: the best harmonic mean of base and new classes on validation images, as an
+           average over the repository's small data sets, of lambda 0, 1, 4, 16 and t 0.07, 0.3, 1
+    mu     = 1, which was not searched
 
-Which random variable, if the class fixes both prompts? The class: drawn at random it makes I(w; h)
-log C as soon as no two classes share a feature, from the start. There is nothing to gain in I, only
-in what an estimator can read of it: log C - L_view <= I(w; h) for any T, and how near it comes says
-how well each prompt tells, through T, which class the other means. So the estimator decides how
-hard the term pulls. With a fixed t it asks for a margin between classes, and goes on asking. A
-learned one can reach log C by itself (t falls, A and B turn), and then its gradient is gone, and
-with it the regularisation. The paper's is learned, so the default is; the README has both. I(w; f~)
-is bounded alike, by log C - L_img, and is less than log C where images of two classes look alike.
+Which random variable, if the class fixes both prompts? The class: drawn uniformly it makes I(w; h)
+log C as soon as no two classes share a w_c or an h_c, from the start. There is nothing to gain in
+I, only in what an estimator can read of it: log C - L_view <= I(w; h) for any T (to guess the class
+through a softmax costs at least the entropy that is left), and how near it comes says how well each
+prompt tells, through T, which class the other means. So the estimator decides how hard the term
+pulls. A fixed one ties w_c to h_c itself, and goes on asking for more distance between classes. A
+learned one can reach log C by itself (t falls, A and B change), and then its gradient is gone, and
+with it the regularisation. The paper's is learned, so the default is; the README has both. For
+I(w; f~) the bound log C - L_img holds on average over y~ and f~; one batch may exceed it.
 
-The update, once for each batch; momentum and weight decay come after G
-    u <- 0.9 u + G + 0.0005 v,  v <- v - r u       SGD: momentum (u = 0 at first), weight decay
+The update, once for each batch, SGD: to G come weight decay, then momentum (u = 0 at first)
+    u <- 0.9 u + (G + 0.0005 v),  v <- v - r u
     r = 1e-5 in epoch e = 0; in epochs e = 1, ..., E - 1 it is lr (1 + cos(pi (e - 1) / E)) / 2
-    with lr = 0.002 and E = 50, 100, 200 epochs for 1, 2 to 7, 8 or more shots (ImageNet: 50)
-    A batch is 32 of the training images, in random order; the last one of an epoch is not used if
-    it is smaller, unless it is the only one. Of every image ten random crops are encoded before
-    the training; one of the ten is drawn whenever it is used (--views 0: a new crop every time).
+    with lr = 0.002; E = 50 epochs for 1 shot (training image per class), 100 for 2 to 7, 200 for
+    more, and always 50 on ImageNet
+    A batch is 32 of the training images, shuffled anew in every epoch; the last one is not used if
+    it is smaller, unless it is the only one. Of every image ten random crops, flipped or not, are
+    encoded before the training; of the ten one is drawn whenever it is used (--views 0: new ones).
 
 The test: argmax_c f(x) . w'_c, for images resized as CLIP itself does, without a random crop, with
     w'_c = w_c for classes that were learned (by name), else (w_c + h_c) / |w_c + h_c|
@@ -85,7 +90,7 @@ class Prompt(torch.nn.Module):
         self.v = torch.nn.Parameter(v)
 
     def forward(self, names):
-        """Class features w (C, D). names: embeddings of name_c and of the "." for each class."""
+        """Class features w (C, D). names: C pairs, embeddings of name_c and of the "." after it."""
         start, end = common.start_end(self.clip)                        # (1, W) each
         prompts = []
         for c, (name, dot) in enumerate(names):                         # (l, W) and (1, W)
@@ -163,7 +168,7 @@ def train(prompt, run, args):
         for group in optimizer.param_groups:
             group["lr"] = common.learning_rate(epoch, epochs, args.lr)
         for f, y in run.batches(epoch):                                 # (B, D), (B)
-            with clip.autocast():
+            with clip.autocast():                                       # on a GPU in bf16
                 w = prompt(names)                                       # (C, D)
             l_view, l_img = info_nce(critic(w, h)), 0
             bounds = {"bound": math.log(len(w)) - l_view}

@@ -6,7 +6,7 @@ CoOp's context, learned from a few images, forgets what CLIP knew: of other clas
 ProGrad follows CoOp's gradient only as far as it does not undo what a written prompt predicts.
 CLIP itself stays frozen.
 
-The model
+The model; on the right, the function that computes it
     w_c    = g([start, v_1, ..., v_M, name_c, ".", end])        class feature       Prompt.forward
     p(c|x) = softmax_c(tau f(x) . w_c)                          CLIP's classifier   train
     L      = -log p(y|x), mean over a batch                     cross-entropy       train
@@ -19,26 +19,31 @@ The model
     f(x)   the feature that CLIP's image tower gives it, D numbers, of length 1
     g      CLIP's text tower: the feature that it reads at the end token, of length 1
     v_m    the learned context, M = 16 vectors as wide as word embeddings (W), shared by all classes
-           (--class-specific: M of them for each class); they start as zeros, but the last ones as
-           the words before the name in ProGrad's template of the data set
-    name_c the word embeddings of the class name (--position: or between the halves of v, or before)
-    tau    CLIP's logit scale (100 in OpenAI's models)
-    p_zs   the template's own prediction, zero-shot: softmax_c(tau f(x) . g(template of c))
-    lambda the share of a conflict that is removed: 1 all, 0 none (--projection)
-    L_g is KL(p_zs || p) plus the entropy of p_zs, which does not depend on v. It is not minimised,
-    it only vetoes: in a conflict G . G_g = (1 - lambda) G_d . G_g, so that with lambda = 1 a small
-    step along -G leaves L_g where it is. The dot products are over all numbers of v: one decision
-    for v, with --class-specific too. --temperature T: logits in L_g over T, and L_g times T^2.
+           (--class-specific: M of them for each one, none for new ones); they start as
+           zeros, but the last as the words before the name in ProGrad's template of the data set;
+           of these words some may be left over: they stay, frozen, before name_c
+    name_c the embeddings of the class name's tokens (--position middle: behind the first M // 2 of
+           v; front: before v)
+    tau    CLIP's logit scale, not its logarithm: 100 in OpenAI's models
+    p_zs   that template's own prediction, zero-shot: softmax_c(tau f(x) . g(template of c))
+    lambda the share of a conflict that is removed, 1 (--projection)
+    L_g is KL(p_zs || p) plus the entropy of p_zs, which does not depend on v. It is not minimised:
+    in a conflict G . G_g = (1 - lambda) G_d . G_g, so that with lambda = 1 a small step along -G
+    leaves the batch's L_g, to first order, where it is. A dot product is over all numbers of v: one
+    decision, with --class-specific too. --temperature T: the logits of both p in L_g are divided
+    by T, and L_g is times T^2.
 
-The update, once for each batch; momentum and weight decay come after G
-    u <- 0.9 u + G + 0.0005 v,  v <- v - r u       SGD: momentum (u = 0 at first), weight decay
+The update, once for each batch, SGD: to G come weight decay, then momentum (u = 0 at first)
+    u <- 0.9 u + (G + 0.0005 v),  v <- v - r u
     r = 1e-5 in epoch e = 0; in epochs e = 1, ..., E - 1 it is lr (1 + cos(pi (e - 1) / E)) / 2
-    with lr = 0.002 and E = 50, 100, 200 epochs for 1, 2 to 7, 8 or more shots (ImageNet: 50)
-    A batch is 32 of the training images, in random order; the last one of an epoch is not used if
-    it is smaller, unless it is the only one. Of every image ten random crops are encoded before
-    the training; one of the ten is drawn whenever it is used (--views 0: a new crop every time).
+    with lr = 0.002; E = 50 epochs for 1 shot (training image per class), 100 for 2 to 7, 200 for
+    more, and always 50 on ImageNet
+    A batch is 32 of the training images, shuffled anew in every epoch; the last one is not used if
+    it is smaller, unless it is the only one. Of every image ten random crops, flipped or not, are
+    encoded before the training; of the ten one is drawn whenever it is used (--views 0: new ones).
 
-The test: argmax_c f(x) . w_c, for images resized as CLIP itself does, without a random crop.
+The test: argmax_c f(x) . w_c over the classes that are tested (--base-to-new: the learned ones,
+then the others), for images resized as CLIP itself does, without a random crop.
 
 Try first:  python prograd.py --base-to-new --shots 16  what is kept of classes not learned
             python prograd.py --projection 0            CoOp, started from the template
@@ -60,7 +65,7 @@ class Prompt(torch.nn.Module):
         self.v = torch.nn.Parameter(v)
 
     def forward(self, names):
-        """Class features w (C, D). names: embeddings of name_c and of the "." for each class."""
+        """Class features w (C, D). names: C pairs, embeddings of name_c and of the "." after it."""
         start, end = common.start_end(self.clip)                        # (1, W) each
         prompts = []
         for c, (name, dot) in enumerate(names):                         # (l, W) and (1, W)
@@ -80,9 +85,9 @@ class Prompt(torch.nn.Module):
 
 
 def first_context(run, args):
-    """Where v starts, zeros and then the last M words; and the words that are left over. As in the
-    authors' code v takes as many tokens as there are words between spaces: of "a type of pet, a
-    photo of a", 9 tokens with the comma, the last "a" is left over."""
+    """Where v starts: the last M words, or zeros and all words; and the words that are left over.
+    As in the authors' code v takes as many tokens as there are words between spaces: of "a type of
+    pet, a photo of a", 9 tokens with the comma, the last "a" is left over."""
     copies = [len(run.classnames)] if args.class_specific else []
     text = args.ctx_init or run.data.prograd_template.split("{}")[0]
     words, left_over = common.embed(run.clip, text).tensor_split([len(text.split())])
@@ -91,7 +96,7 @@ def first_context(run, args):
 
 
 def project(g_d, g_g, lambda_=1.0):
-    """G: of G_d what does not go against G_g. All are shaped as v."""
+    """G: G_d less a share, lambda, of what goes against G_g. All are shaped as v."""
     dot = (g_d * g_g).sum()
     if dot >= 0:
         return g_d
@@ -109,13 +114,13 @@ def train(prompt, run, args):
     for epoch in common.progress(range(epochs), desc="training", unit="epoch"):
         optimizer.param_groups[0]["lr"] = common.learning_rate(epoch, epochs, args.lr)
         for f, y in run.batches(epoch):                                 # (B, D), (B)
-            with clip.autocast():
+            with clip.autocast():                                       # on a GPU in bf16
                 w = prompt(names)                                       # (C, D)
             logits = clip.logit_scale * f @ w.T                         # (B, C)
             loss = F.cross_entropy(logits, y)
             p_zs = F.softmax(clip.logit_scale * f @ w_zs.T / T, -1)     # (B, C)
             l_g = T ** 2 * F.cross_entropy(logits / T, p_zs)
-            g_d, g_g = common.gradients((loss, l_g), w, prompt.v)       # dL/dv and dL_g/dv
+            g_d, g_g = common.gradients((loss, l_g), w, prompt.v)       # both in one pass from w
             prompt.v.grad = project(g_d, g_g, args.projection)
             cosine = F.cosine_similarity(g_d.flatten(), g_g.flatten(), dim=0)
             optimizer.step()

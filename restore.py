@@ -1,22 +1,22 @@
 """RESTORE: learn prompts in both towers, and keep the two towers' features moving together.
 
-Paper: Yang, Zhang, Yang, Gao, Qin, Li, Sun, Yang, Gu, "RESTORE: Towards Feature Shift for
-Vision-Language Prompt Learning", 2024, arXiv 2403.06136.
+Yang et al., "RESTORE: Towards Feature Shift for Vision-Language Prompt Learning", arXiv 2403.06136.
 
-Prompts that are learned in one tower alone move its features away from the other tower's, and what
-CLIP's pre-training aligned falls apart: new classes suffer. RESTORE measures that movement, the
-feature shift, and keeps it equal in both towers. CLIP itself stays frozen.
+Prompts learned in one tower, or in both apart from each other, move the towers' features apart, and
+what CLIP's pre-training aligned is lost: new classes suffer. RESTORE measures that movement, the
+feature shift, and holds it near to equal in both towers. CLIP itself stays frozen.
 
 The towers, with n prompt tokens put into each of their first K blocks: l = 1, ..., K
-    X_0 = [start, "a photo of a", name_c, ".", end] + positions
-    X_l = text block l of [start, P_l, X_(l-1) after its first 1 + n tokens]    Prompt.encode_text
-    Y_0 = [class token, patches of the image] + positions
-    Y_l = vision block l of [Y_(l-1) less its prompt tokens, Q_l]               Prompt.encode_image
-    (l = 1: of the layer norm of that, CLIP's ln_pre). Blocks after K run as they are.
-    t_c = the text tower's feature of the end token, i(x) = the vision tower's of the class token,
-    both of D numbers and not yet of length 1
+    X_0 = [start, "a photo of a", name_c, ".", end] + positions                 Prompt.encode_text
+    X_l = text block l of [first token of X_(l-1), P_l, X_(l-1) after its first 1 + n tokens]
+    Y_0 = [class token, patches of the image] + positions                       Prompt.encode_image
+    Y_l = vision block l of [Y_(l-1) less its prompt tokens, Q_l]
+    (l = 1: of the layer norm of that, CLIP's ln_pre). Blocks after K run as they are, on all of the
+    tokens, the last prompts' states too.
+    t_c and i(x) are CLIP's last layer norm and projection of X's end token and of Y's class token
+    after the last block: both of D numbers and not yet of length 1
 
-The loss
+The loss; on the right, the function that computes it
     shift_l = mean of |h_l - h_l^0| / |h_l^0|               feature shift         feature_shift
     L_fs    = mean_l (shift_l^vision - shift_l^text)^2      consistency           consistency
     A(z)    = z + down(QuickGELU(up(LN(z))))                surgery block         Surgery
@@ -25,35 +25,42 @@ The loss
     p(c|x)  = softmax_c(tau f(x) . w_c)                     CLIP's classifier     train
     L       = -log p(y|x), mean over a batch, + gamma L_fs                        train
 
-    P_l, Q_l the prompts, learned: n = 2 vectors for each of K = 9 blocks (or as many as there are),
-             as wide as the text tower's (vision tower's) states; P_1 starts as the first n of the
-             words "a photo of a", all others as noise, N(0, 0.02^2). Only P_1 gets positions, those
-             of the words whose place it takes. The other words stay as they are
-    A        learned: a layer norm and two linear maps with biases, up (D to 4 D) and down, which
-             starts as zeros, so that A(z) = z; QuickGELU(h) = h sigmoid(1.702 h)
-    b        a number, not learned, 0.1 at the start; 0 leaves the surgery out (--blend)
+    x, y     an image and its label, one of the C classes c that are learned
+    P_l, Q_l the prompts, learned: n = 2 vectors for each of K = 9 blocks (or the shallower tower's
+             all), as wide as the text (vision) tower's states; P_1 starts as the first n tokens
+             of "a photo of a", all others as noise, N(0, 0.02^2). Only P_1 gets positions, those
+             of the tokens whose place it takes. The others of "a photo of a" stay as they are
+    A        learned, by -log p alone, since L_fs is of states before it: a layer norm and two
+             linear maps with biases, up (D to 4 D) and down, which starts as zeros, so that
+             A(z) = z; QuickGELU(h) = h sigmoid(1.702 h)
+    b        a number, not learned, 0.1 at the start; 0 leaves the surgery out (--blend). Since
+             b A(z) + (1 - b) z = z + b down(...), it scales what A adds
     h_l      a token's state after block l, of all blocks: the end token's (the mean is over the C
-             classes) or the class token's (over the batch); h_l^0 the same in CLIP as it is, with
-             all of "a photo of a". Towers of different depth are paired at their last blocks
-    tau      CLIP's logit scale (100 in OpenAI's models)
+             classes) or the class token's (over the batch); h_l^0 the same, of the same crop, in
+             CLIP as it is, without P and Q but with all of "a photo of a". Towers of different
+             depth are paired at their last blocks
+    tau      CLIP's logit scale, not its logarithm: 100 in OpenAI's models
     gamma    10, the weight of the consistency (--shift-weight)
 
 L_fs would let both shifts grow, as long as they grow alike. For that case there is the surgery: it
-corrects the features that come out of the towers, the more the further the tower has moved: at the
+corrects the features that come out of a tower, and more so when the tower has moved further: at the
 end of epoch E // 3 (the fourth of ten), and only then, b grows by 0.02 (text) or 0.005 (vision)
-times the mean shift of that epoch. Moment and numbers are the authors' code's, without a reason.
+times that tower's shift, a mean over its blocks and the epoch's batches. Moment and numbers are the
+authors' code's, without a reason.
 
-The update, once for each batch, with G = dL/d of every learned number v
-    u <- 0.9 u + G + 0.0005 v,  v <- v - r u       SGD: momentum (u = 0 at first), weight decay
+The update, once for each batch, SGD: to G come weight decay, then momentum (u = 0 at first)
+    G = dL/dv of every learned number v,  u <- 0.9 u + (G + 0.0005 v),  v <- v - r u
     r = 1e-5 in epoch e = 0; in epochs e = 1, ..., E - 1 it is lr (1 + cos(pi (e - 1) / E)) / 2
-    with E = 10 epochs and lr = 0.0035 (0.0005 for the embedded data sets and their tiny CLIP)
-    A batch is 4 of the training images, in random order, and the texts of all C classes; the last
-    one of an epoch is not used if it is smaller, unless it is the only one. Of every image there
-    are ten random crops; one of the ten is drawn whenever it is used (--views 0: a new one).
+    with E = 10 epochs and lr = 0.0035 (0.0005 on the repository's own small data sets)
+    A batch is 4 of the training images, shuffled anew in every epoch, and the texts of all C
+    classes; the last one is not used if it is smaller, unless it is the only one. Of every image
+    there are ten random crops, flipped or not (views); of the ten one is drawn whenever it is used
+    (--views 0: new ones in every epoch).
 
-The test: argmax_c f(x) . w_c, for images resized as CLIP itself does, without a random crop.
+The test: argmax_c f(x) . w_c over the classes that are tested (--base-to-new: the learned ones,
+then the others), for images resized as CLIP itself does, without a random crop.
 
-The authors' released code differs from their paper; it stands at the end of this file.
+The authors' released code differs from their paper: class Released, below.
 
 Try first:  python restore.py --base-to-new                 compare its new classes with coop.py's
             python restore.py --shift-weight 0 --blend 0    independent prompts, nothing else (IVLP)
@@ -86,7 +93,7 @@ class Prompt(torch.nn.Module):
 
     def __init__(self, clip, args):
         super().__init__()
-        self.clip = clip
+        self.clip = clip    # no Module, so that none of its weights is learned
         self.words = common.embed(clip, args.ctx_init)                      # (words, W_t)
         n, width_t, width_v = args.n_ctx, self.words.shape[1], clip.model.visual.conv1.out_channels
         noise = lambda width: 0.02 * torch.randn(n, width, device=clip.device)
@@ -118,7 +125,7 @@ class Prompt(torch.nn.Module):
             each, length, states = torch.arange(len(x)), x.shape[1], []
             position = text.positional_embedding[:length]
             x = x + position
-            for l, block in enumerate(text.transformer.resblocks):
+            for l, block in enumerate(text.transformer.resblocks):          # l from 0: prompts P_(l+1)
                 if l < len(prompts):
                     p = prompts[l] if l else prompts[l] + position[1:1 + len(prompts[l])]
                     p = p.expand(len(x), -1, -1).to(x.dtype)                # (C, n, W_t)
@@ -139,7 +146,7 @@ class Prompt(torch.nn.Module):
         x = tower.conv1(pixels).flatten(2).transpose(1, 2)                  # (B, patches, W_v)
         first = tower.class_embedding.expand(len(x), 1, -1).to(x.dtype)
         x = torch.cat([first, x], 1) + tower.positional_embedding
-        own = x.shape[1]                                                    # tokens but prompts
+        own = x.shape[1]                                                    # the first 1 + patches
         for l, block in enumerate(tower.transformer.resblocks):
             if l < len(prompts):
                 q = prompts[l].expand(len(x), -1, -1).to(x.dtype)           # (B, n, W_v)
@@ -175,7 +182,7 @@ class Prompt(torch.nn.Module):
 
     @torch.no_grad()
     def raise_blends(self, shift_t, shift_v):
-        """b grows by the shift, (blocks,) of each tower, so that more is operated on."""
+        """b grows by the shift, (blocks,) of each tower."""
         self.blend += torch.stack([0.02 * shift_t.mean(), 0.005 * shift_v.mean()]).to(self.blend)
 
 
@@ -193,7 +200,7 @@ def frozen_states(prompt, run, views=None):
     with clip.autocast():
         text = prompt.encode_text(common.name_embeddings(clip, run.classnames), [])[1]
     states = lambda pixels: prompt.encode_image(pixels, [])[1].flatten(1)
-    cache = run.args.cache if run.args.views else None      # new views every epoch: not worth it
+    cache = run.args.cache if run.args.views else None      # not kept if used in one epoch only
     vision = common.encode_images(clip, run.items, cache, views, states, "states of all blocks")
     return text, vision.unflatten(-1, (len(clip.model.visual.transformer.resblocks), -1))
 
@@ -251,8 +258,9 @@ class Released(Prompt):
 
     --prompts coupled: visual prompts are made from the text ones, Q_l by a linear layer from P_l.
     --shift gram: in L_fs the shift is the prompts' Gram norm, |P P^T|_F or |Q Q^T|_F, over what it
-    was at the start, and summed over the blocks from the second on; b grows by 0.02 or 0.005 times
-    the mean Gram norm. Both together, with --shift-weight 1, are their code."""
+    was at the start, and L_fs a sum over the blocks from the second on; b grows by 0.02 or 0.005
+    times the mean of the Gram norms as they then are. Both together, with --shift-weight 1, are
+    their code."""
 
     def __init__(self, clip, args):
         super().__init__(clip, args)
@@ -270,7 +278,7 @@ class Released(Prompt):
         return super().visual()
 
     def gram_norms(self):
-        """|P P^T|_F of blocks 2..D (or of the only one): (D - 1,) for text, (D - 1,) for vision."""
+        """|P_l P_l^T|_F and |Q_l Q_l^T|_F of l = 2, ..., K (or 1, if K = 1): (K - 1,) each."""
         towers = [prompts[1:] or prompts for prompts in (self.text(), self.visual())]
         return [torch.stack([(p @ p.T).norm() for p in tower]) for tower in towers]
 

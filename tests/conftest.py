@@ -1,5 +1,6 @@
 """What tests share: a small copy of the embedded data, the tiny CLIP, scripts run in-process."""
 
+import functools
 import importlib
 import json
 import random
@@ -7,12 +8,16 @@ import sys
 from argparse import Namespace
 from pathlib import Path
 
+import open_clip
 import pytest
 from PIL import Image
 
 import common
 from data import world
 from data.files import CATALOGUE
+
+# Hundreds of runs in one process ask for the same one, which takes a tenth of a second to make.
+open_clip.get_tokenizer = functools.cache(open_clip.get_tokenizer)
 
 EUROSAT = ["AnnualCrop", "Forest", "HerbaceousVegetation", "Highway", "Industrial", "Pasture",
            "PermanentCrop", "Residential", "River", "SeaLake"]

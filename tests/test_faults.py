@@ -17,13 +17,13 @@ import open_clip, torchvision
 from data import world
 world.PER_CLASS.update(train=20, val=2, test=8)
 rng, stages = random.Random(0), []
-for attempt in range(10):  # a fork each: nothing is imported anew, only the disk is shared
+for attempt in range(6):  # a fork each: nothing is imported anew, only the disk is shared
     child = os.fork()
     if child == 0:
         with common.one_line_errors():
             coop.main()
         os._exit(0)
-    time.sleep(rng.uniform(0.05, 1.5))
+    time.sleep(rng.uniform(0.05, 1.2))
     os.kill(child, signal.SIGKILL)
     stages.append(os.waitpid(child, 0)[1])
 print("killed:", sum(status == signal.SIGKILL for status in stages))
@@ -34,7 +34,7 @@ with common.one_line_errors():
 
 @pytest.fixture(scope="module")
 def killed(tmp_path_factory):
-    """What a sweep printed and recorded that was killed up to ten times, then left alone."""
+    """What a sweep printed and recorded that was killed up to six times, then left alone."""
     folder = tmp_path_factory.mktemp("killed")
     flags = ["--epochs", "40", "--views", "2", "--shots", "1,2", "--out", folder / "r.jsonl",
              "--cache", folder / "cache", "--data-root", folder / "root"]

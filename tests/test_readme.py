@@ -1,7 +1,6 @@
 """The README's commands and patches work on the scripts as they are."""
 
 import importlib
-import os
 import re
 import shlex
 import subprocess
@@ -57,17 +56,16 @@ def test_every_command_is_understood(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("patch, name", PATCHES, ids=[name for _, name in PATCHES])
-def test_a_patch_fits_and_runs(patch, name, root, tmp_path):
+def test_a_patch_fits_and_runs(patch, name, cli, tmp_path, monkeypatch):
     original = HERE / name if (HERE / name).exists() else HERE / "coop.py"
     (tmp_path / name).write_text(original.read_text())
     subprocess.run(["git", "apply", "-"], cwd=tmp_path, input=patch, text=True, check=True)
     assert (tmp_path / name).read_text() != original.read_text()
-    flags = ["--epochs", "2", "--views", "1", "--shots", "1"]
-    command = [sys.executable, tmp_path / name, *flags, "--data-root", root,
-               "--cache", root / "cache"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True,
-                          env={**os.environ, "PYTHONPATH": str(HERE)})
-    assert done.returncode == 0 and Path(name).stem in done.stdout, done.stderr
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, Path(name).stem, raising=False)
+    done = cli(Path(name).stem, "--epochs", 2, "--views", 1, "--shots", 1)
+    assert done.status == 0 and done.records[0]["method"] == Path(name).stem in done.out, done.err
+    assert Path(sys.modules[Path(name).stem].__file__).parent == tmp_path
 
 
 def test_the_patches_are_these():
