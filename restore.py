@@ -125,7 +125,7 @@ class Prompt(torch.nn.Module):
             each, length, states = torch.arange(len(x)), x.shape[1], []
             position = text.positional_embedding[:length]
             x = x + position
-            for l, block in enumerate(text.transformer.resblocks):         # l from 0: prompts P_(l+1)
+            for l, block in enumerate(text.transformer.resblocks):          # l from 0: P_(l+1)
                 if l < len(prompts):
                     p = prompts[l] if l else prompts[l] + position[1:1 + len(prompts[l])]
                     p = p.expand(len(x), -1, -1).to(x.dtype)                # (C, n, W_t)
