@@ -31,8 +31,8 @@ The update, once for each batch, SGD: to G come weight decay, then momentum (u =
     it is smaller, unless it is the only one. Of every image ten random crops, flipped or not, are
     encoded before the training; of the ten one is drawn whenever it is used (--views 0: new ones).
 
-The test: argmax_c f(x) . w_c over the classes that are tested (--base-to-new: the learned ones,
-then the others), for images resized as CLIP itself does, without a random crop.
+The test: argmax_c f(x) . w_c over the classes that are tested (--base-to-new: the learned half,
+then the other half by itself), for images resized as CLIP itself does, without a random crop.
 
 Try first:  python coop.py --base-to-new --shots 16     what it costs on classes not learned
             python coop.py --ctx-init "a photo of a"    start from words instead of noise
@@ -50,7 +50,7 @@ class Prompt(torch.nn.Module):
     def __init__(self, clip, v, position="end"):
         super().__init__()
         self.clip, self.position = clip, position
-        self.v = torch.nn.Parameter(v)
+        self.v = torch.nn.Parameter(v)  # the only one: clip is no Module, and frozen
 
     def forward(self, names):
         """Class features w (C, D). names: C pairs, embeddings of name_c and of the "." after it."""
@@ -67,7 +67,7 @@ class Prompt(torch.nn.Module):
         return common.encode_text(self.clip, prompts)
 
     def class_features(self, classnames):
-        """Class features of any classes, for the test: (C, D)."""
+        """Class features (C, D), for the test: of any classes, or of v's if class-specific."""
         return self(common.name_embeddings(self.clip, classnames))
 
 

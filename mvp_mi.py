@@ -12,7 +12,7 @@ which a learned estimator measures [P]. CLIP itself stays frozen.
 The model; on the right, the function that computes it
     w_c    = g([start, v_1, ..., v_M, name_c, ".", end])        class feature       Prompt.forward
     p(c|x) = softmax_c(tau f(x) . w_c)                          CLIP's classifier   train
-    h_c    = g(template of c)                                   written prompt      train
+    h_c    = g("a photo of a [name of c]." or the like)         written prompt      train
     z      = a f(x_i) + (1 - a) f(x_j),  f~ = z / |z|           class-wise Mixup    mixup
     T(w,b) = cos(A w, B b) / t,  b an h_k or an f~              the estimator [O]   Critic
     L_view = -1/(2C) sum_c [log softmax_k(T(w_c, h_k))_c
@@ -37,7 +37,7 @@ The model; on the right, the function that computes it
            training images of that class, each as a random crop; a is uniform in [0, 1], Beta(1, 1)
     A, B   (D, D) maps that start at the identity, t starts at 0.07: one estimator for both terms.
            A, B and log t are learned as v is, but without weight decay. --critic cosine: they
-           stay as they start, T = cos / 0.07
+           stay as they start, T = cos / t
     lambda = 4, and t: the best harmonic mean of base and new classes on validation images, as an
            average over the repository's small data sets, of lambda 0, 1, 4, 16 and t 0.07, 0.3, 1
     mu     = 1, which was not searched
@@ -50,7 +50,8 @@ prompt tells, through T, which class the other means. So the estimator decides h
 pulls. A fixed one ties w_c to h_c itself, and goes on asking for more distance between classes. A
 learned one can reach log C by itself (t falls, A and B change), and then its gradient is gone, and
 with it the regularisation. The paper's is learned, so the default is; the README has both. For
-I(w; f~) the bound log C - L_img holds on average over y~ and f~; one batch may exceed it.
+I(w; f~) the bound log C - L_img holds on average over f~ and equally frequent y~; one batch may
+exceed it.
 
 The update, once for each batch, SGD: to G come weight decay, then momentum (u = 0 at first)
     u <- 0.9 u + (G + 0.0005 v),  v <- v - r u
@@ -87,7 +88,7 @@ class Prompt(torch.nn.Module):
         super().__init__()
         self.clip, self.position = clip, position
         self.template, self.learned = template, set(learned)
-        self.v = torch.nn.Parameter(v)
+        self.v = torch.nn.Parameter(v)  # the only one: clip is no Module, and frozen
 
     def forward(self, names):
         """Class features w (C, D). names: C pairs, embeddings of name_c and of the "." after it."""
@@ -104,7 +105,7 @@ class Prompt(torch.nn.Module):
         return common.encode_text(self.clip, prompts)
 
     def class_features(self, classnames):
-        """Class features of any classes, for the test: (C, D)."""
+        """Class features (C, D), for the test: of any classes, or of v's if class-specific."""
         w = self(common.name_embeddings(self.clip, classnames))
         if self.template is None:
             return w

@@ -29,7 +29,7 @@ The model; on the right, the function that computes it
     lambda the share of a conflict that is removed, 1 (--projection)
     L_g is KL(p_zs || p) plus the entropy of p_zs, which does not depend on v. It is not minimised:
     in a conflict G . G_g = (1 - lambda) G_d . G_g, so that with lambda = 1 a small step along -G
-    leaves the batch's L_g, to first order, where it is. A dot product is over all numbers of v: one
+    leaves the batch's L_g, to first order, where it is. G_d . G_g is over all numbers of v: one
     decision, with --class-specific too. --temperature T: the logits of both p in L_g are divided
     by T, and L_g is times T^2.
 
@@ -42,8 +42,8 @@ The update, once for each batch, SGD: to G come weight decay, then momentum (u =
     it is smaller, unless it is the only one. Of every image ten random crops, flipped or not, are
     encoded before the training; of the ten one is drawn whenever it is used (--views 0: new ones).
 
-The test: argmax_c f(x) . w_c over the classes that are tested (--base-to-new: the learned ones,
-then the others), for images resized as CLIP itself does, without a random crop.
+The test: argmax_c f(x) . w_c over the classes that are tested (--base-to-new: the learned half,
+then the other half by itself), for images resized as CLIP itself does, without a random crop.
 
 Try first:  python prograd.py --base-to-new --shots 16  what is kept of classes not learned
             python prograd.py --projection 0            CoOp, started from the template
@@ -62,7 +62,7 @@ class Prompt(torch.nn.Module):
         super().__init__()
         self.clip, self.position = clip, position
         self.left_over = left_over      # words (l, W) that stay, frozen, before the name
-        self.v = torch.nn.Parameter(v)
+        self.v = torch.nn.Parameter(v)  # the only one: clip is no Module, and frozen
 
     def forward(self, names):
         """Class features w (C, D). names: C pairs, embeddings of name_c and of the "." after it."""
@@ -80,7 +80,7 @@ class Prompt(torch.nn.Module):
         return common.encode_text(self.clip, prompts)
 
     def class_features(self, classnames):
-        """Class features of any classes, for the test: (C, D)."""
+        """Class features (C, D), for the test: of any classes, or of v's if class-specific."""
         return self(common.name_embeddings(self.clip, classnames))
 
 

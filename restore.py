@@ -26,13 +26,13 @@ The loss; on the right, the function that computes it
     L       = -log p(y|x), mean over a batch, + gamma L_fs                        train
 
     x, y     an image and its label, one of the C classes c that are learned
-    P_l, Q_l the prompts, learned: n = 2 vectors for each of K = 9 blocks (or the shallower tower's
-             all), as wide as the text (vision) tower's states; P_1 starts as the first n tokens
-             of "a photo of a", all others as noise, N(0, 0.02^2). Only P_1 gets positions, those
+    P_l, Q_l the prompts, learned: n = 2 vectors for each of K = 9 blocks (or as many as both
+             towers have), as wide as the text (vision) tower's states; P_1 starts as the first n
+             tokens of "a photo of a", all others as noise, N(0, 0.02^2). Only P_1 gets positions, those
              of the tokens whose place it takes. The others of "a photo of a" stay as they are
     A        learned, by -log p alone, since L_fs is of states before it: a layer norm and two
              linear maps with biases, up (D to 4 D) and down, which starts as zeros, so that
-             A(z) = z; QuickGELU(h) = h sigmoid(1.702 h)
+             A(z) = z (the rest as PyTorch does); QuickGELU(h) = h sigmoid(1.702 h)
     b        a number, not learned, 0.1 at the start; 0 leaves the surgery out (--blend). Since
              b A(z) + (1 - b) z = z + b down(...), it scales what A adds
     h_l      a token's state after block l, of all blocks: the end token's (the mean is over the C
@@ -57,8 +57,8 @@ The update, once for each batch, SGD: to G come weight decay, then momentum (u =
     there are ten random crops, flipped or not (views); of the ten one is drawn whenever it is used
     (--views 0: new ones in every epoch).
 
-The test: argmax_c f(x) . w_c over the classes that are tested (--base-to-new: the learned ones,
-then the others), for images resized as CLIP itself does, without a random crop.
+The test: argmax_c f(x) . w_c over the classes that are tested (--base-to-new: the learned half,
+then the other half by itself), for images resized as CLIP itself does, without a random crop.
 
 The authors' released code differs from their paper: class Released, below.
 
@@ -182,7 +182,7 @@ class Prompt(torch.nn.Module):
 
     @torch.no_grad()
     def raise_blends(self, shift_t, shift_v):
-        """b grows by the shift, (blocks,) of each tower."""
+        """b grows by 0.02 (text) or 0.005 (vision) times the mean over the shift's (blocks,)."""
         self.blend += torch.stack([0.02 * shift_t.mean(), 0.005 * shift_v.mean()]).to(self.blend)
 
 
