@@ -28,8 +28,8 @@ The loss; on the right, the function that computes it
     x, y     an image and its label, one of the C classes c that are learned
     P_l, Q_l the prompts, learned: n = 2 vectors for each of K = 9 blocks (or as many as both
              towers have), as wide as the text (vision) tower's states; P_1 starts as the first n
-             tokens of "a photo of a", all others as noise, N(0, 0.02^2). Only P_1 gets positions, those
-             of the tokens whose place it takes. The others of "a photo of a" stay as they are
+             tokens of "a photo of a", all others as noise, N(0, 0.02^2). Only P_1 gets positions,
+             those of the tokens whose place it takes. The others of "a photo of a" stay as they are
     A        learned, by -log p alone, since L_fs is of states before it: a layer norm and two
              linear maps with biases, up (D to 4 D) and down, which starts as zeros, so that
              A(z) = z (the rest as PyTorch does); QuickGELU(h) = h sigmoid(1.702 h)
