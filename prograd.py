@@ -28,10 +28,9 @@ The model; on the right, the function that computes it
     p_zs   that template's own prediction, zero-shot: softmax_c(tau f(x) . g(template of c))
     lambda the share of a conflict that is removed, 1 (--projection)
     L_g is KL(p_zs || p) plus the entropy of p_zs, which does not depend on v. It is not minimised:
-    in a conflict G . G_g = (1 - lambda) G_d . G_g, so that with lambda = 1 a small step along -G
-    leaves the batch's L_g, to first order, where it is. G_d . G_g is over all numbers of v: one
-    decision, with --class-specific too. --temperature T: the logits of both p in L_g are divided
-    by T, and L_g is times T^2.
+    in a conflict G . G_g = (1 - lambda) G_d . G_g, over all numbers of v at once, so that with
+    lambda = 1 a small step along -G leaves the batch's L_g, to first order, where it is. With
+    --temperature T the logits of both p in L_g are divided by T, and L_g is times T^2.
 
 The update, once for each batch, SGD: to G come weight decay, then momentum (u = 0 at first)
     u <- 0.9 u + (G + 0.0005 v),  v <- v - r u
@@ -85,9 +84,8 @@ class Prompt(torch.nn.Module):
 
 
 def first_context(run, args):
-    """Where v starts: the last M words, or zeros and all words; and the words that are left over.
-    As in the authors' code v takes as many tokens as there are words between spaces: of "a type of
-    pet, a photo of a", 9 tokens with the comma, the last "a" is left over."""
+    """Where v starts: the last M words, or zeros and all words; and what is left over, since v, as
+    in the authors' code, takes as many tokens as there are words between spaces (commas add none)."""
     copies = [len(run.classnames)] if args.class_specific else []
     text = args.ctx_init or run.data.prograd_template.split("{}")[0]
     words, left_over = common.embed(run.clip, text).tensor_split([len(text.split())])
@@ -98,9 +96,7 @@ def first_context(run, args):
 def project(g_d, g_g, lambda_=1.0):
     """G: G_d less a share, lambda, of what goes against G_g. All are shaped as v."""
     dot = (g_d * g_g).sum()
-    if dot >= 0:
-        return g_d
-    return g_d - lambda_ * dot / (g_g * g_g).sum() * g_g
+    return g_d if dot >= 0 else g_d - lambda_ * dot / (g_g * g_g).sum() * g_g
 
 
 def train(prompt, run, args):
@@ -109,8 +105,7 @@ def train(prompt, run, args):
     names = common.name_embeddings(clip, run.classnames)
     optimizer = torch.optim.SGD(prompt.parameters(), args.lr, momentum=0.9, weight_decay=5e-4)
     epochs = args.epochs or common.default_epochs(run)
-    template, T = run.data.prograd_template, args.temperature
-    w_zs = common.template_features(clip, template, run.classnames)     # (C, D)
+    w_zs = common.template_features(clip, run.data.prograd_template, run.classnames)  # (C, D)
     for epoch in common.progress(range(epochs), desc="training", unit="epoch"):
         optimizer.param_groups[0]["lr"] = common.learning_rate(epoch, epochs, args.lr)
         for f, y in run.batches(epoch):                                 # (B, D), (B)
@@ -118,8 +113,9 @@ def train(prompt, run, args):
                 w = prompt(names)                                       # (C, D)
             logits = clip.logit_scale * f @ w.T                         # (B, C)
             loss = F.cross_entropy(logits, y)
-            p_zs = F.softmax(clip.logit_scale * f @ w_zs.T / T, -1)     # (B, C)
-            l_g = T ** 2 * F.cross_entropy(logits / T, p_zs)
+            p_zs = F.softmax(clip.logit_scale * f @ w_zs.T / args.temperature, -1)  # (B, C)
+            l_g = args.temperature ** 2 * F.cross_entropy(logits / args.temperature, p_zs)
+            optimizer.zero_grad()
             g_d, g_g = common.gradients((loss, l_g), w, prompt.v)       # both in one pass from w
             prompt.v.grad = project(g_d, g_g, args.projection)
             cosine = F.cosine_similarity(g_d.flatten(), g_g.flatten(), dim=0)
@@ -137,8 +133,7 @@ def main():
                         help="where the class name stands (end)")
     parser.add_argument("--projection", type=common.number(low_ok=True), default=1.0,
                         metavar="LAMBDA", help="how much of a conflict is taken out (1)")
-    parser.add_argument("--temperature", type=common.number(), default=1.0, metavar="T",
-                        help="of the general loss (1)")
+    parser.add_argument("--temperature", type=common.number(), default=1.0, help="T of L_g (1)")
     args = common.parse(parser)
     for run in common.runs(__file__, args):
         prompt = Prompt(run.clip, *first_context(run, args), args.position)
