@@ -84,8 +84,8 @@ class Prompt(torch.nn.Module):
 
 
 def first_context(run, args):
-    """Where v starts: the last M words, or zeros and all words; and what is left over, since v, as
-    in the authors' code, takes as many tokens as there are words between spaces (commas add none)."""
+    """Where v starts: the last M words, or zeros and all words; and what is left over: as in
+    the authors' code v takes as many tokens as there are words between spaces (commas add none)."""
     copies = [len(run.classnames)] if args.class_specific else []
     text = args.ctx_init or run.data.prograd_template.split("{}")[0]
     words, left_over = common.embed(run.clip, text).tensor_split([len(text.split())])
