@@ -17,7 +17,7 @@ The model; on the right, the function that computes it
     g      CLIP's text tower: the feature that it reads at the end token, of length 1
     v_m    the learned context, M = 16 vectors as wide as word embeddings (W), shared by all classes
            (--class-specific: M of them for each one, none for new ones); they start as
-           noise, N(0, 0.02^2)
+           noise, N(0, 0.02^2), or as the words of --ctx-init, and M is then their number
     name_c the embeddings of the class name's tokens (--position middle: behind the first M // 2 of
            v; front: before v)
     tau    CLIP's logit scale, not its logarithm: 100 in OpenAI's models
@@ -89,7 +89,7 @@ def train(prompt, run, args):
     for epoch in common.progress(range(epochs), desc="training", unit="epoch"):
         optimizer.param_groups[0]["lr"] = common.learning_rate(epoch, epochs, args.lr)
         for f, y in run.batches(epoch):                                 # (B, D), (B)
-            with clip.autocast():                                       # on a GPU in bf16
+            with clip.autocast():                                       # on a GPU: bf16 or fp16
                 w = prompt(names)                                       # (C, D)
             logits = clip.logit_scale * f @ w.T                         # (B, C)
             loss = F.cross_entropy(logits, y)

@@ -29,7 +29,7 @@ The model; on the right, the function that computes it
     g      CLIP's text tower: the feature that it reads at the end token, of length 1
     v_m    the learned context, M = 16 vectors as wide as word embeddings (W), shared by all classes
            (--class-specific: M of them for each one, none for new ones); they start as
-           noise, N(0, 0.02^2)
+           noise, N(0, 0.02^2), or as the words of --ctx-init, and M is then their number
     name_c the embeddings of the class name's tokens (--position middle: behind the first M // 2 of
            v; front: before v)
     tau    CLIP's logit scale, not its logarithm: 100 in OpenAI's models
@@ -62,7 +62,8 @@ The update, once for each batch, SGD: to G come weight decay, then momentum (u =
     it is smaller, unless it is the only one. Of every image ten random crops, flipped or not, are
     encoded before the training; of the ten one is drawn whenever it is used (--views 0: new ones).
 
-The test: argmax_c f(x) . w'_c, for images resized as CLIP itself does, without a random crop, with
+The test: argmax_c f(x) . w'_c over the classes that are tested (--base-to-new: the learned half,
+then the other half by itself), for images resized as CLIP itself does, without a random crop, with
     w'_c = w_c for classes that were learned (by name), else (w_c + h_c) / |w_c + h_c|
 The context has learned nothing of other classes, and the template was fitted to none: our decision
 [O]. --classifier soft takes w_c for all classes, mean the other for all. The estimator is not used.
@@ -105,7 +106,7 @@ class Prompt(torch.nn.Module):
         return common.encode_text(self.clip, prompts)
 
     def class_features(self, classnames):
-        """Class features (C, D), for the test: of any classes, or of v's if class-specific."""
+        """w'_c (C, D), for the test: of any classes, or of v's if class-specific."""
         w = self(common.name_embeddings(self.clip, classnames))
         if self.template is None:
             return w
@@ -169,7 +170,7 @@ def train(prompt, run, args):
         for group in optimizer.param_groups:
             group["lr"] = common.learning_rate(epoch, epochs, args.lr)
         for f, y in run.batches(epoch):                                 # (B, D), (B)
-            with clip.autocast():                                       # on a GPU in bf16
+            with clip.autocast():                                       # on a GPU: bf16 or fp16
                 w = prompt(names)                                       # (C, D)
             l_view, l_img = info_nce(critic(w, h)), 0
             bounds = {"bound": math.log(len(w)) - l_view}

@@ -60,7 +60,7 @@ class Prompt(torch.nn.Module):
     def __init__(self, clip, v, left_over, position="end"):
         super().__init__()
         self.clip, self.position = clip, position
-        self.left_over = left_over      # words (l, W) that stay, frozen, before the name
+        self.register_buffer("left_over", left_over)  # words (l, W) that stay before the name
         self.v = torch.nn.Parameter(v)  # the only one: clip is no Module, and frozen
 
     def forward(self, names):
@@ -109,7 +109,7 @@ def train(prompt, run, args):
     for epoch in common.progress(range(epochs), desc="training", unit="epoch"):
         optimizer.param_groups[0]["lr"] = common.learning_rate(epoch, epochs, args.lr)
         for f, y in run.batches(epoch):                                 # (B, D), (B)
-            with clip.autocast():                                       # on a GPU in bf16
+            with clip.autocast():                                       # on a GPU: bf16 or fp16
                 w = prompt(names)                                       # (C, D)
             logits = clip.logit_scale * f @ w.T                         # (B, C)
             loss = F.cross_entropy(logits, y)

@@ -260,7 +260,7 @@ class Released(Prompt):
     --shift gram: in L_fs the shift is the prompts' Gram norm, |P P^T|_F or |Q Q^T|_F, over what it
     was at the start, and L_fs a sum over the blocks from the second on; b grows by 0.02 or 0.005
     times the mean of the Gram norms as they then are. Both together, with --shift-weight 1, are
-    their code."""
+    their code, but for where some numbers start (README)."""
 
     def __init__(self, clip, args):
         super().__init__(clip, args)

@@ -16,8 +16,10 @@ def check_flags(args):
         raise Problem(f"--pretrained {args.pretrained}: {args.backbone} holds its own weights")
     if len(set(args.transfer)) < len(args.transfer):
         raise Problem(f"--transfer {','.join(args.transfer)}: names a data set twice")
-    if args.template is not None and args.template.count("{}") != 1:
-        raise Problem(f"--template {args.template!r}: needs one {{}} where the class name stands")
+    before, *behind = (args.template or "{}").split("{}")
+    if len(behind) != 1 or set("{}") & {*before, *behind[0]}:
+        raise Problem(f"--template {args.template!r}: needs one {{}}, where the class name stands, "
+                      "and no other braces")
     if getattr(args, "class_specific", False) and (args.base_to_new or args.transfer):
         raise Problem("--class-specific has no context for classes that were not learned: "
                       "no --base-to-new, no --transfer")

@@ -14,7 +14,7 @@ metadata        JSON        flags, optimizer, logit_scale, log (per epoch the me
                             tokens (token numbers, by part), results (percent, by part)
 
 With CLIP's text tower in the other framework that is a whole training. (MVP-MI draws its mixtures
-and starts its estimator at random: with --augment 0 --critic cosine it can be repeated exactly.)"""
+at random, and its estimator is not told: with --augment 0 --critic cosine it can be repeated.)"""
 
 import json
 import os

@@ -198,6 +198,12 @@ def load(run, prompt):
         if ours.get(key) != value:
             flag = f"--{key.replace('_', '-')}"
             raise Problem(f"{file}: was learned with {flag} {value}, not {ours.get(key)}")
+    if getattr(run.args, "class_specific", False) and run.classnames != learned.get("classes"):
+        raise Problem(f"{file}: holds contexts of other classes (--class-specific)")
+    left_over = tensors.get("left_over")    # ProGrad's, of the training set: as many as there were
+    ours = getattr(prompt, "left_over", left_over)
+    if left_over is not None and left_over.shape[1:] == ours.shape[1:]:
+        prompt.left_over = left_over.to(ours)
     wanted = {name: tuple(tensor.shape) for name, tensor in prompt.state_dict().items()}
     found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     if wanted != found:
@@ -205,4 +211,4 @@ def load(run, prompt):
                       f"the flags given here (and the classes) ask for {wanted}")
     prompt.load_state_dict(tensors)
     if getattr(prompt, "learned", None):    # MVP-MI treats the classes that it has learned apart
-        prompt.learned = set(learned.get("classes", []))
+        prompt.learned = set(learned.get("classes", prompt.learned))

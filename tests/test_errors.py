@@ -67,6 +67,9 @@ def refused(run, *words):
     (["--epochs", "9" * 30], ["--epochs", "below 2147483648"]),
     (["--views", "9" * 30], ["--views"]),
     (["--epochs", "9" * 5000], ["--epochs"]),
+    (["--template", "a photo"], ["--template", "needs one {}"]),
+    (["--template", "a {x} of a {}"], ["--template", "no other braces"]),
+    (["--template", "{ {}"], ["--template", "no other braces"]),
 ])
 def test_flags(cli, flags, words):
     refused(cli("coop", "--epochs", 1, "--views", 1, *flags), *words)

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from conftest import made_up_pictures, made_up_run, without_times
 from open_clip.modified_resnet import ModifiedResNet
+from safetensors.torch import load_file
 
 import common
 import coop
@@ -330,6 +331,15 @@ def test_the_context_ends_in_the_templates_words_with_zeros_before(tiny, n_ctx, 
     assert not len(left_over)
     assert len(v) == n_ctx and not v[:zeros].any()
     assert torch.equal(v[zeros:], common.embed(tiny, words))
+
+
+def test_what_was_left_over_in_the_training_stays_when_it_is_loaded(cli, tmp_path):
+    short = ("--epochs", 1, "--views", 1, "--shots", 1, "--n-ctx", 4)
+    words = ("--ctx-init", "red heart, red")            # four tokens, of which three are learned
+    trained = cli("prograd", *short, *words, "--save", tmp_path / "saved").records[0]
+    loaded = cli("prograd", *short, "--load", tmp_path / "saved").records[0]
+    assert loaded["per_class"] == trained["per_class"]
+    assert load_file(tmp_path / "saved")["left_over"].shape == (1, 80)
 
 
 CONFLICTS = ("--epochs", 3, "--views", 2)

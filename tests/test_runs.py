@@ -133,6 +133,16 @@ def test_what_is_loaded_carries_its_shots_seed_and_data_set(cli, learned):
     assert record["loaded"] == str(learned) and "loss" not in record
 
 
+def test_class_specific_contexts_are_loaded_for_their_own_classes_only(cli, tmp_path):
+    file, flags = tmp_path / "own.safetensors", (*QUICK, "--class-specific")
+    assert cli("coop", *flags, save=file).status == cli("coop", *flags, load=file).status == 0
+    origin = {"dataset": "others", "shots": 1, "seed": 1, "protocol": "few-shot",
+              "classes": [f"class {k}" for k in range(24)]}
+    metadata = {"meaning": '{"method": "coop"}', "learned": json.dumps(origin)}
+    save_file(load_file(file), tmp_path / "others.safetensors", metadata)
+    refused(cli("coop", *flags, load=tmp_path / "others.safetensors"), "of other classes")
+
+
 def test_a_file_is_loaded_once_whatever_the_flags_ask_for(cli, learned):
     assert len(cli("coop", "--seeds", "1,2", load=learned).records) == 1
 
