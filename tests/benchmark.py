@@ -244,7 +244,7 @@ def killed(steps):
         eurosat_layout(Path(folder), 1, 80)
 
         def child(cache, most=None):
-            """Seconds of encoding, and in all, until it ended or was killed, and what it printed."""
+            """Seconds of encoding, and in all, until it ended or was killed; what it printed."""
             command = [sys.executable, __file__, "--encode", folder, f"{folder}/{cache}"]
             start = time.perf_counter()
             process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True,
