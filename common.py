@@ -35,8 +35,7 @@ from tqdm import tqdm
 from data import backbone, checks, export, predict, records, sweep, text_tower
 from data.files import CATALOGUE, Data, Item, known, load_data
 from data.images import cached, content_digests, image_key, load_pixels
-from data.text_tower import check_length, gradients, in_chunks, nearest_words, pad
-from data.text_tower import feature as text_feature
+from data.text_tower import check_length, gradients, in_chunks, nearest_words, pad, text_feature
 
 HERE = Path(__file__).resolve().parent
 TINY_CLIP = f"local-dir:{HERE / 'data' / 'tiny_clip'}"
@@ -124,6 +123,7 @@ def runs(script, args, features=True, check=lambda clip, args: None):
     What --out has already is left out. Under torchrun, or in a Slurm array, every process takes its
     share. All test pictures are encoded, so found to be there and whole, before a training. Raises
     Problem where the data set cannot serve the protocol."""
+    mine, processes = sweep.rank()
     if args.export:
         export.check(args, features)
     data = load_data(args.dataset, args.data_root, args.template)
@@ -132,7 +132,7 @@ def runs(script, args, features=True, check=lambda clip, args: None):
         data, *others = map(checks.readable, [data, *others])
     about = sweep.about([Path(script), Path(__file__)], args, data, others)
     jobs = sweep.wanted(args, data)
-    todo = sweep.left(sweep.share(jobs, *sweep.rank()), about, args)
+    todo = sweep.left(sweep.share(jobs, mine, processes), about, args)
     if todo:
         clip = load_clip(args, data.crop)
         check(clip, args)

@@ -89,7 +89,7 @@ class Prompt(torch.nn.Module):
         super().__init__()
         self.clip, self.position = clip, position
         self.template, self.learned = template, set(learned)
-        self.v = torch.nn.Parameter(v)  # the only one: clip is no Module, and frozen
+        self.v = torch.nn.Parameter(v)  # clip is no Module, and stays frozen
 
     def forward(self, names):
         """Class features w (C, D). names: C pairs, embeddings of name_c and of the "." after it."""

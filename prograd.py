@@ -61,7 +61,7 @@ class Prompt(torch.nn.Module):
         super().__init__()
         self.clip, self.position = clip, position
         self.register_buffer("left_over", left_over)  # words (l, W) that stay before the name
-        self.v = torch.nn.Parameter(v)  # the only one: clip is no Module, and frozen
+        self.v = torch.nn.Parameter(v)  # clip is no Module, and stays frozen
 
     def forward(self, names):
         """Class features w (C, D). names: C pairs, embeddings of name_c and of the "." after it."""
@@ -89,8 +89,7 @@ def first_context(run, args):
     copies = [len(run.classnames)] if args.class_specific else []
     text = args.ctx_init or run.data.prograd_template.split("{}")[0]
     words, left_over = common.embed(run.clip, text).tensor_split([len(text.split())])
-    v = F.pad(words, (0, 0, args.n_ctx - len(words), 0))    # (M, W); cuts where words are more
-    return v.repeat(*copies, 1, 1), left_over
+    return F.pad(words, (0, 0, args.n_ctx - len(words), 0)).repeat(*copies, 1, 1), left_over
 
 
 def project(g_d, g_g, lambda_=1.0):

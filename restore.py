@@ -24,8 +24,9 @@ The loss; on the right, the function that computes it
     f(x)    = b A(i(x)) + (1 - b) i(x), then length 1       another A and b       Prompt.operate
     p(c|x)  = softmax_c(tau f(x) . w_c)                     CLIP's classifier     train
     L       = -log p(y|x), mean over a batch, + gamma L_fs                        train
+    G       = dL/dv of every learned number v               its gradient          train
 
-    x, y     an image and its label, one of the C classes c that are learned
+    x, y     an image and its label, one of the C classes that are learned
     P_l, Q_l the prompts, learned: n = 2 vectors for each of K = 9 blocks (or as many as both
              towers have), as wide as the text (vision) tower's states; P_1 starts as the first n
              tokens of "a photo of a", all others as noise, N(0, 0.02^2). Only P_1 gets positions,
@@ -49,13 +50,13 @@ times that tower's shift, a mean over its blocks and the epoch's batches. Moment
 authors' code's, without a reason.
 
 The update, once for each batch, SGD: to G come weight decay, then momentum (u = 0 at first)
-    G = dL/dv of every learned number v,  u <- 0.9 u + (G + 0.0005 v),  v <- v - r u
+    u <- 0.9 u + (G + 0.0005 v),  v <- v - r u
     r = 1e-5 in epoch e = 0; in epochs e = 1, ..., E - 1 it is lr (1 + cos(pi (e - 1) / E)) / 2
     with E = 10 epochs and lr = 0.0035 (0.0005 on the repository's own small data sets)
-    A batch is 4 of the training images, shuffled anew in every epoch, and the texts of all C
-    classes; the last one is not used if it is smaller, unless it is the only one. Of every image
-    there are ten random crops, flipped or not (views); of the ten one is drawn whenever it is used
-    (--views 0: new ones in every epoch).
+    A batch is 4 of the training images, shuffled anew in every epoch; the last one is not used if
+    it is smaller, unless it is the only one. Of every image ten random crops, flipped or not, are
+    its views; of the ten one is drawn whenever it is used (--views 0: new ones). The texts of all C
+    classes are in every batch.
 
 The test: argmax_c f(x) . w_c over the classes that are tested (--base-to-new: the learned half,
 then the other half by itself), for images resized as CLIP itself does, without a random crop.

@@ -44,7 +44,7 @@ def encode_text(clip, prompts):
                 old_k, old_v = (t.expand(len(x), -1, -1, -1) for t in past[i])
                 k, v = torch.cat([old_k, k], 2), torch.cat([old_v, v], 2)
             x = finish(block, x, F.scaled_dot_product_attention(q, k, v, attn_mask=sees))
-        return (feature(text, x[torch.arange(len(x)), last]),)
+        return (text_feature(text, x[torch.arange(len(x)), last]),)
 
     (w,) = in_chunks(clip, encode, prompts)
     return F.normalize(gradient_times(scale, w.float()), dim=-1)
@@ -116,7 +116,7 @@ def finish(block, x, attended):
     return x + block.ls_2(block.mlp(block.ln_2(x)))
 
 
-def feature(text, x):
+def text_feature(text, x):
     """The end token's last state (C, W) -> the tower's feature (C, D), not yet of length 1."""
     x, projection = text.ln_final(x), text.text_projection
     return projection(x) if isinstance(projection, torch.nn.Linear) else x @ projection

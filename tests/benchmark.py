@@ -298,8 +298,8 @@ def job(steps):
           f"({each:.2f} s a step): {authors / ours:.1f} times as fast")
 
 
-PARTS = {part.__name__: part for part in (step, encoding, methods, memory, together,
-                                                     killed, job)}
+PARTS = {part.__name__: part
+         for part in (step, encoding, methods, memory, together, killed, job)}
 
 
 def main():

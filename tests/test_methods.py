@@ -296,7 +296,7 @@ def test_both_gradients_in_one_pass_are_those_of_two(tiny, monkeypatch, chunk):
                          for w in (w, w.detach().flip(0)))
     losses = [F.cross_entropy(logits, y) for y in (torch.arange(4), zero_shot.softmax(-1))]
     two = [torch.autograd.grad(loss, prompt.v, retain_graph=True)[0] for loss in losses]
-    for found, expected in zip(common.gradients(losses, w, prompt.v), two):
+    for found, expected in zip(common.gradients(losses, w, prompt.v), two, strict=True):
         assert (found - expected).norm() < 1e-5 * expected.norm()
 
 
