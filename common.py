@@ -1,209 +1,400 @@
-"""What the four methods share, in the order in which a run uses it: flags, the runs of a command,
-CLIP, few-shot samples, image features, class features, schedule and batches, evaluation. What no
-reader of a method needs (file formats, downloads, the cache, records, tables) is in data/.
+"""What the four methods share, in the order in which a run uses it.
 
-Shapes: N images, B of them in a batch, V views of each, C classes, M context tokens, L tokens in
-all, W the width of the text tower, D the features'.
+flags -> runs of a command -> CLIP -> few-shot samples -> image features -> class features
+-> batches, evaluation, results
+
+All arithmetic of a run is here or in the method's script. data/ holds the rest: data sets and their
+files, the cache of image features, records and tables.
+
+Shapes: N images, B of them in a mini-batch, V augmented views of each, C classes, M context
+vectors, L tokens, W the width of the text encoder, D the dimension of the features.
 """
 
 import sys
 
-from data.errors import Parser, Problem, number, one_line_errors, several, words
+from data.errors import Parser, Problem, number, nonempty, one_line_errors, several
 
-if __name__ == "__main__":      # python common.py: tables, which need none of what follows
-    from data import compare
+if __name__ == "__main__":      # python common.py: tables of recorded runs, without importing torch
+    from data.results import tables
     with one_line_errors():
-        compare.main()
+        tables.main()
     sys.exit()
 
 import argparse
+import contextlib
+import copy
 import functools
+import itertools
+import json
 import math
 import os
+import platform
 import random
+import statistics
 import time
-from collections import namedtuple
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 from torchvision.transforms import (
-    CenterCrop, Compose, InterpolationMode, RandomHorizontalFlip, RandomResizedCrop, Resize)
+    CenterCrop, Compose, InterpolationMode, PILToTensor, RandomHorizontalFlip, RandomResizedCrop,
+    Resize)
 from tqdm import tqdm
 
-from data import backbone, checks, export, predict, records, sweep, text_tower
-from data.files import CATALOGUE, Data, Item, known, load_data
-from data.images import cached, content_digests, image_key, load_pixels
-from data.text_tower import check_length, gradients, in_chunks, nearest_words, pad, text_feature
+from data import checks, features, weights
+from data.load import Data, Item, dataset_names, is_embedded, load_data
+from data.results import export, records
 
 HERE = Path(__file__).resolve().parent
-TINY_CLIP = f"local-dir:{HERE / 'data' / 'tiny_clip'}"
+TINY_CLIP = HERE / "data" / "world" / "tiny_clip"
 progress = functools.partial(tqdm, disable=None, leave=False)   # no bar without a terminal
 
 
 # ---------------------------------------------------------------- flags
 
 def flags(doc, lr, batch_size, n_ctx, embedded_lr=None):
-    """A parser with the flags of every method; a method adds its own, then calls `parse`.
+    """Return a parser with the flags of every method; a method adds its own.
 
-    The embedded data sets, with their tiny CLIP, may have another learning rate."""
+    embedded_lr  the default learning rate on the embedded data sets, if it is another one"""
     p = Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter,
                allow_abbrev=False)
-    add, count = p.add_argument, number(int, 1, low_ok=True)
-    add("--dataset", type=known, default="shapes", metavar="NAME|PATH",
-        help="a data set, or a folder of class folders (shapes, which is embedded)")
-    add("--data-root", default=str(HERE / "data"), metavar="DIR",
-        help="where data sets are, laid out as CoOp's users have them (data)")
-    add("--template", metavar="TEXT",
-        help="the written prompt, with {} for the class name (the data set's own)")
+    p.learning_rates = lr, embedded_lr or lr
+    count, whole = number(int, 1, low_ok=True), number(int, 0, low_ok=True)
+    also = f"; embedded data: {embedded_lr}" if embedded_lr else ""
+
+    add = p.add_argument_group("data and CLIP").add_argument
+    add("--dataset", type=dataset_names, metavar="NAME,...",
+        help="data sets, folders of class folders, or all of 'embedded' or 'papers' (shapes)")
+    add("--data-root", type=nonempty, default=str(HERE / "data" / "sets"), metavar="DIR",
+        help="where data sets are, laid out as CoOp's users have them (data/sets)")
+    add("--template", type=checks.template, metavar="TEXT",
+        help="hand-crafted prompt, {} for the class name; several, separated by |, are averaged")
     add("--skip-unreadable", action="store_true",
-        help="leave pictures out that cannot be read, and say how many")
-    add("--backbone", metavar="NAME",
-        help="an open_clip model or local-dir:PATH (embedded data: the tiny CLIP; else ViT-B-16)")
-    add("--pretrained", metavar="TAG",
-        help="the weights' open_clip tag or file, or 'random' (openai)")
+        help="leave out images that cannot be read, and say how many")
+    add("--test-images", type=count, metavar="N",
+        help="test on a random sample of N images, equally many of each class (all)")
+    add("--validation", action="store_true",
+        help="test on the validation images instead: to choose settings")
+    add("--backbone", type=nonempty, metavar="NAME",
+        help="an open_clip model, or local-dir:PATH (embedded data: the tiny CLIP; else ViT-B-16)")
+    add("--pretrained", type=nonempty, metavar="TAG",
+        help="the weights: an open_clip tag, a file, or 'random' (openai)")
+    add("--device", choices=["cpu", "cuda"], help="(embedded data: cpu; else cuda if there is one)")
+    add("--precision", choices=["fp32", "amp"],
+        help="amp: image features and, on a GPU, training in 16 bits (amp on cuda, fp32 on cpu)")
+    add("--class-chunk", type=count, metavar="N",
+        help="classes per pass of the text encoder: fewer, less memory (cpu: 128, cuda: 1024)")
+
+    add = p.add_argument_group("training").add_argument
     add("--shots", type=several(count), default=[4], metavar="N,...",
         help="training images per class (4)")
-    add("--seeds", type=several(number(int, 0, low_ok=True)), default=[1], metavar="N,...",
-        help="a run for each (1)")
-    add("--base-to-new", action="store_true",
-        help="learn the first half of the classes, test both halves")
-    add("--transfer", type=several(known), default=[], metavar="NAME,...",
-        help="other data sets to test what was learned on")
-    add("--n-ctx", type=count, default=n_ctx, metavar="N",
-        help=f"learned context tokens ({n_ctx})")
-    add("--epochs", type=count, metavar="N",
-        help="passes over the training images (see the top of this help)")
-    also = f"; embedded data: {embedded_lr}" if embedded_lr else ""
-    add("--lr", type=number(), help=f"learning rate of SGD ({lr}{also})")
-    p.learning_rates = lr, embedded_lr or lr
+    add("--seeds", type=several(whole), default=[1], metavar="N,...", help="a run for each (1)")
+    add("--epochs", type=count, metavar="N", help="passes over the training images (see above)")
+    add("--lr", type=number(), help=f"learning rate ({lr}{also})")
     add("--batch-size", type=count, default=batch_size, metavar="N",
         help=f"training images per step ({batch_size})")
     add("--views", type=number(int, 0, 2**20, low_ok=True), default=10, metavar="N",
         help="random crops encoded once per training image; 0: new ones every epoch (10)")
-    add("--class-chunk", type=count, default=128, metavar="N",
-        help="classes per pass of the text tower: fewer, less memory (128)")
-    add("--device", choices=["cpu", "cuda"], help="where to compute (cuda where there is one)")
-    add("--precision", choices=["fp32", "amp"],
-        help="amp is autocast to bf16, else fp16 (amp on cuda, fp32 on cpu)")
-    records.add_flags(p, HERE)
+    add("--n-ctx", type=count, default=n_ctx, metavar="N",
+        help=f"learned context tokens ({n_ctx})")
+
+    add = p.add_argument_group("evaluation").add_argument
+    add("--base-to-new", action="store_true",
+        help="train on the first half of the classes, test each half among its own classes")
+    add("--transfer", type=dataset_names, default=[], metavar="NAME,...",
+        help="other data sets to test the prompt on")
+    add("--load", type=nonempty, metavar="FILE",
+        help="test this saved prompt, with its data set, template and CLIP, instead of training")
+    add("--predict", nargs="+", default=[], metavar="IMAGE", help="images to name the class of")
+
+    add = p.add_argument_group("output").add_argument
+    add("--out", type=nonempty, default="runs/results.jsonl", metavar="FILE",
+        help="a line of results is added here for every run (runs/results.jsonl)")
+    add("--again", action="store_true", help="repeat runs that --out has already")
+    add("--save", type=nonempty, metavar="FILE",
+        help="save the prompt; of several runs: 'ctx-{dataset}-{shots}-{seed}.safetensors'")
+    add("--export", type=nonempty, metavar="FILE",
+        help="write the run, to repeat it in another framework (data/results/export.py)")
+    add("--cache", type=nonempty, metavar="DIR",
+        help="where image features are kept (DATA_ROOT/cache)")
     return p
 
 
-def parse(parser, argv=None):
-    """The flags' values, with the defaults that depend on others; makes folders to write to.
+def words(value):
+    """An argparse type: the words of a context, which may also be written a_photo_of_a."""
+    found = " ".join(value.replace("_", " ").split())
+    if not found or set("{}") & set(found):
+        raise argparse.ArgumentTypeError(f"{value!r}: wants words, and no braces")
+    return found
 
-    Raises Problem where the flags cannot be met."""
-    args = parser.parse_args(argv)
-    args.changed = {name: value for name, value in vars(args).items()
-                    if value != parser.get_default(name)}
-    embedded = CATALOGUE.get(args.dataset, {}).get("kind") == "world"
-    args.backbone = args.backbone or (TINY_CLIP if embedded else "ViT-B-16")
-    args.lr = args.lr or parser.learning_rates[embedded]
-    checks.check_flags(args)
-    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    args.precision = args.precision or ("amp" if args.device == "cuda" else "fp32")
+
+def parse(parser, argv=None):
+    """Return the values of all flags; `typed` holds those that were given.
+
+    With --load, all flags of the training are the prompt file's. Raises Problem where the flags do
+    not go together."""
+    missing = object()
+    given = argparse.Namespace(**{action.dest: missing for action in parser._actions})
+    given = vars(parser.parse_args(argv, given))
+    typed = {name: value for name, value in given.items() if value is not missing}
+    typed.pop("help", None)
+    args = argparse.Namespace(**{action.dest: typed.get(action.dest, action.default)
+                                 for action in parser._actions if action.dest != "help"})
+    args.typed = typed
+    args.defaults = {action.dest: action.default for action in parser._actions}
+    args.cache = args.cache or os.path.join(args.data_root, "cache")
+    args.dataset = args.dataset or ["shapes"]
+    if args.load:
+        take_from(args, records.read_origin(records.fill(args.load, args.shots[0], args.seeds[0])))
+    checks.flags(args)
+    return args
+
+
+def take_from(args, origin):
+    """Take a saved prompt's data set, CLIP and training flags from where it comes from.
+
+    Raises Problem where a flag that was typed contradicts them."""
+    elsewhere = "dataset" in args.typed     # another data set has its own template
+    for name in ("backbone", "pretrained"):
+        if name not in args.typed:
+            setattr(args, name, origin[name])
+    if not elsewhere:
+        args.dataset = [origin["dataset"]]
+    for name, value in origin["flags"].items():
+        if name in args.typed:
+            if args.typed[name] != value and name not in checks.OF_A_TEST:
+                raise Problem(f"--load {args.load}: was trained with --{name.replace('_', '-')} "
+                              f"{value}, not {args.typed[name]}")
+        elif name not in checks.OF_A_TEST or name == "template" and not elsewhere:
+            setattr(args, name, value)
+
+
+def settle(args, parser, dataset):
+    """Return the flags of the runs on one data set, with the defaults that depend on others."""
+    args, embedded = copy.copy(args), is_embedded(dataset)
+    tiny = f"local-dir:{TINY_CLIP}"
+    args.dataset = dataset
+    args.backbone = args.backbone or (tiny if embedded else "ViT-B-16")
+    if args.backbone == "tiny_clip":
+        args.backbone = tiny
     args.pretrained = args.pretrained or ("" if ":" in args.backbone else "openai")
-    if args.device == "cuda":
-        torch.cuda.set_device(sweep.local_rank() % torch.cuda.device_count())
-    records.check_writable(args.out, args.save, args.shots, args.seeds)
+    args.lr = args.lr or parser.learning_rates[embedded]
+    cuda = torch.cuda.is_available()        # says if the driver is too old
+    if args.device == "cuda" and not cuda:
+        raise Problem("--device cuda: PyTorch sees no CUDA device here; "
+                      "leave the flag out to use the CPU")
+    args.device = args.device or ("cuda" if cuda and not embedded else "cpu")
+    args.precision = args.precision or ("amp" if args.device == "cuda" else "fp32")
+    args.class_chunk = args.class_chunk or (1024 if args.device == "cuda" else 128)
     return args
 
 
 # ---------------------------------------------------------------- the runs of a command
 
-def runs(script, args, features=True, check=lambda clip, args: None):
-    """Yields one Run for every number of shots and every seed, the random numbers seeded.
+def runs(script, parser, argv=None):
+    """Yield a Run for every data set, number of shots and seed, with the random numbers seeded.
 
-    script    the method's __file__
-    features  False for a method that changes the image tower: it encodes its own training images
-    check     (clip, args) -> raises Problem where the method does not suit this CLIP
+    script  the method's __file__
 
-    What --out has already is left out. Under torchrun, or in a Slurm array, every process takes its
-    share. All test pictures are encoded, so found to be there and whole, before a training. Raises
-    Problem where the data set cannot serve the protocol."""
-    mine, processes = sweep.rank()
-    if args.export:
-        export.check(args, features)
-    data = load_data(args.dataset, args.data_root, args.template)
-    others = [load_data(name, args.data_root) for name in args.transfer]
-    if args.skip_unreadable:
-        data, *others = map(checks.readable, [data, *others])
-    about = sweep.about([Path(script), Path(__file__)], args, data, others)
-    jobs = sweep.wanted(args, data)
-    todo = sweep.left(sweep.share(jobs, mine, processes), about, args)
-    if todo:
-        clip = load_clip(args, data.crop)
-        check(clip, args)
-        checks.check_names(clip, data, *others)
-        halves = {"base": False, "new": True} if args.base_to_new else {}
-        tests = [(name, data, *half(data.test, data.classnames, new))
-                 for name, new in halves.items()]
-        tests = tests or [("all classes", data, data.test, data.classnames)]
-        tests += [(other.name, other, other.test, other.classnames) for other in others]
-        parts = [make_part(clip, args, *test) for test in tests]
-        asked = [Item(file, 0, "") for file in args.predict]
-        asked = asked and make_part(clip, args, "", data, asked, data.classnames)
-    for job in todo:
-        items, classnames = few_shot(data.train, job.shots, job.seed), data.classnames
+    Skips runs that --out has already. Under torchrun every process takes its share. If there are
+    several data sets, one that fails is named at the end, and the others go on."""
+    args = parse(parser, argv)
+    jobs = list(itertools.product(args.dataset, args.shots, args.seeds))
+    mine, done, failed = share(jobs), [], []
+    for dataset, group in itertools.groupby(mine, key=lambda job: job[0]):
+        with note_failure(dataset, failed, len(mine) > 1):
+            for run in runs_on(dataset, list(group), script, settle(args, parser, dataset)):
+                if len(mine) > 1:
+                    run.title += f", run {mine.index(run.job) + 1} of {len(mine)}"
+                run.errors = note_failure(run.title, failed, len(mine) > 1)
+                if run.id in done:
+                    checks.twice(run)
+                elif recorded(run):
+                    print(f"{run.title}: already in {args.out}; --again repeats it")
+                else:
+                    torch.manual_seed(run.seed)
+                    yield run
+                done.append(run.id)
+    show_means(args.out, done)
+    if failed:
+        raise Problem(f"{len(failed)} failed: {'; '.join(failed)}")
+
+
+@contextlib.contextmanager
+def note_failure(title, failed, several):
+    """If a command has several runs, note a user error in `failed` instead of ending it."""
+    try:
+        yield
+    except Problem as problem:
+        if not several:
+            raise
+        print(f"{title}: failed: {problem}", file=sys.stderr)
+        failed.append(title)
+
+
+def share(jobs):
+    """Return this process's part of the jobs: under torchrun a block of neighbours, else all."""
+    if not ("RANK" in os.environ and "WORLD_SIZE" in os.environ):
+        return jobs
+    rank, processes = (os.environ[name] for name in ("RANK", "WORLD_SIZE"))
+    if not (rank.isdecimal() and processes.isdecimal() and int(rank) < int(processes)):
+        raise Problem(f"the environment's RANK {rank!r} and WORLD_SIZE {processes!r} make no sense;"
+                      " unset them to run alone")
+    rank, processes = int(rank), int(processes)
+    mine = jobs[len(jobs) * rank // processes:len(jobs) * (rank + 1) // processes]
+    if not mine:
+        print(f"nothing to do for process {rank} of {processes}: there are {len(jobs)} runs")
+    return mine
+
+
+def runs_on(dataset, jobs, script, args):
+    """Yield the Runs on one data set: load and check everything, encode nothing yet."""
+    method, template = Path(script).stem, args.template
+    names = [dataset, *args.transfer]
+    if args.load and args.predict and "dataset" not in args.typed:      # needs no data set
+        origin = records.read_origin(records.fill(args.load, *jobs[0][1:]))
+        classnames, template = [name for _, name in origin["classes"]], origin["template"]
+        sets = [Data(dataset, classnames, template, template, [], [], [])]
+        jobs = jobs[:1]
+    else:
+        sets = [load_data(name, args.data_root, None if k else template, args.skip_unreadable)
+                for k, name in enumerate(names)]
+        sets = [choose_tests(some, args.validation, args.test_images) for some in sets]
+        checks.protocol(sets[0], args)
+    data, *others = sets
+    clip = load_clip(args.backbone, args.pretrained, args.device, args.precision,
+                     args.class_chunk, "backbone" in args.typed)
+    checks.names(clip, args, sets)
+    parts = make_parts(data, others, args.base_to_new)
+    identities = {some.name: records.data_identity(some, contents(some.test, args))
+                  for some in sets}
+    for job in jobs:
+        _, shots, seed = job
+        file, origin = records.fill(args.load or "", shots, seed), None
+        items, classes = few_shot(data.train, shots, seed), list(enumerate(data.classnames))
         if args.base_to_new:
-            items, classnames = half(items, classnames, new=False)
-        run = Run(about["method"], args, clip, data, parts, job.shots, job.seed, classnames, items,
-                  about, job, asked)
-        if features and not args.load:
-            run.features = encode_images(clip, items, args.views and args.cache, run.views(0))
-        run.started = time.time()
-        torch.manual_seed(job.seed)
-        yield run
-    sweep.summary(jobs, about)
+            classes = classes[:math.ceil(len(classes) / 2)]
+            items, _ = half(items, data.classnames, new=False)
+        most = max(Counter(item.label for item in data.train).values(), default=0)
+        if file:
+            origin = records.read_origin(file)
+            checks.origin(origin, file, method, clip, args, data)
+            shots, seed, items = origin["shots"], origin["seed"], []
+            classes = [tuple(pair) for pair in origin["classes"]]
+        elif shots > most:
+            print(f"{dataset}: no class has {shots} training images; using the {most} there are")
+            shots = most
+        yield Run(job, method, args, clip, data, shots, seed, items, classes, parts, identities,
+                  file, origin)
+
+
+def recorded(run):
+    """Whether --out holds this run, with all targets of --transfer on the same images."""
+    args = run.args
+    if args.again or args.save or args.export or args.predict:
+        return False
+    wanted = {part.name: run.identities[part.name] for part in run.parts if part.transfer}
+    for record in records.read(args.out)[0]:
+        has = {name: target["data"] for name, target in record["transfer"].items()}
+        if record["run"] == run.id and wanted.items() <= has.items():
+            return True
+    return False
 
 
 # ---------------------------------------------------------------- CLIP
 
 @dataclass
 class Clip:
-    """A frozen CLIP."""
-    model: torch.nn.Module  # open_clip's, whose `visual` is the image tower
-    text: torch.nn.Module   # its text tower
+    """A frozen CLIP, in evaluation mode."""
+    model: torch.nn.Module      # open_clip's, in fp32
+    text: torch.nn.Module       # its text encoder
+    visual: torch.nn.Module     # its image encoder, for image features: in `dtype`
+    dtype: torch.dtype          # of the image features' arithmetic
     tokenizer: object
-    preprocess: object      # PIL image -> (3, H, W), as CLIP is tested
-    augment: object         # the same with a random crop and flip
-    logit_scale: float      # tau
+    preprocess: object          # PIL image -> uint8 tensor (3, H, W): CLIP's own resize and crop
+    logit_scale: float          # tau: exp of the parameter that CLIP calls logit_scale
     device: str
-    precision: str
-    key: str                # stands for all that image features depend on beside the image
-    class_chunk: int = 128
-    seconds: float = 0      # spent on encoding images
+    amp: bool                   # whether prompts are trained under autocast to bf16
+    class_chunk: int
+    weights: str                # digest of weights, architecture and activation
+    image_key: str              # digest of all that image features depend on beside the image
+    activation: str = ""
+    name: str = ""              # of the backbone, as recorded
 
     def autocast(self):
-        bf16 = self.device == "cpu" or torch.cuda.is_bf16_supported(including_emulation=False)
-        kind = torch.bfloat16 if bf16 else torch.float16
-        return torch.autocast(self.device, kind, enabled=self.precision == "amp")
+        """Return the context for the text encoder: bf16 on a GPU that has it, else fp32."""
+        return torch.autocast(self.device, torch.bfloat16, enabled=self.amp)
+
+    def augment(self, crop):
+        """Return the training augmentation: a random crop keeps `crop` to 1 of the area."""
+        size, bicubic = self.model.visual.preprocess_cfg["size"], InterpolationMode.BICUBIC
+        return Compose([RandomResizedCrop(size, (crop, 1.0), interpolation=bicubic),
+                        RandomHorizontalFlip(), PILToTensor()])
+
+    def pixels(self, images):
+        """Return uint8 images (n, 3, H, W) as floats, normalized as CLIP was trained."""
+        config = self.model.visual.preprocess_cfg
+        return features.normalize(images, config["mean"], config["std"])
+
+    def encode_image(self, pixels):
+        """Return f(x), unit-norm image features (n, D)."""
+        return F.normalize(self.visual(pixels.to(self.dtype)).float(), dim=-1)
 
 
-def load_clip(args, crop=0.08):
-    """The CLIP of --backbone and --pretrained. A random crop keeps `crop` to 1 of the area.
+@functools.cache
+def load_clip(backbone=f"local-dir:{TINY_CLIP}", pretrained="", device="cpu", precision="fp32",
+              class_chunk=128, chosen=True):
+    """Return the Clip of --backbone and --pretrained.
 
-    Raises Problem if there is no such model, no weights, or a text tower that is not CLIP's."""
+    Raises Problem if there is no such model, no weights, or a text encoder that is not CLIP's."""
     torch.manual_seed(0)                                        # of --pretrained random
-    model, preprocess, tokenizer = backbone.create(args.backbone, args.pretrained, args.device)
-    text = backbone.text_tower(model)
+    model, transform, tokenizer, activation = weights.create(backbone, pretrained, chosen)
+    text = weights.text_encoder(model)
     if text.positional_embedding.shape[1] < 256 and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)    # threads gain nothing on matrices so small, and wait actively
-    size, bicubic = model.visual.preprocess_cfg["size"], InterpolationMode.BICUBIC
-    rest = [t for t in preprocess.transforms if not isinstance(t, (Resize, CenterCrop))]
-    augment = Compose([RandomResizedCrop(size, (crop, 1.0), interpolation=bicubic),
-                       RandomHorizontalFlip(), *rest])
-    key = image_key(model.visual, preprocess, augment, args.precision, args.device)
-    return Clip(model, text, tokenizer, preprocess, augment, model.logit_scale.exp().item(),
-                args.device, args.precision, key, args.class_chunk)
+    if device == "cuda":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
+        torch.backends.cudnn.allow_tf32 = precision == "amp"
+    dtype = feature_dtype(device, precision)
+    digest = records.digest(features.tensor_digest(model.state_dict()),
+                            features.image_key(model.visual), activation)
+    model = model.to(device)
+    visual = model.visual if dtype == torch.float32 else copy.deepcopy(model.visual).to(dtype)
+    resize = [t for t in transform.transforms if isinstance(t, (Resize, CenterCrop))]
+    preprocess = Compose([*resize, PILToTensor()])
+    key = records.digest(features.image_key(model.visual, transform), str(dtype))
+    return Clip(model, text, visual, dtype, tokenizer, preprocess, model.logit_scale.exp().item(),
+                device, device == "cuda" and dtype == torch.bfloat16, class_chunk, digest[:8], key,
+                activation, backbone_name(backbone))
+
+
+def feature_dtype(device, precision):
+    """Return the type in which images are encoded: bf16 where the processor has it, fp16 on older
+    GPUs; fp32 on a CPU without bf16, where less precision would be slower."""
+    if precision == "fp32":
+        return torch.float32
+    if device == "cuda":
+        bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.bfloat16 if bf16 else torch.float16
+    if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported():
+        return torch.bfloat16
+    print("--precision amp: this processor has no bf16 units, fp32 is faster here and is used")
+    return torch.float32
+
+
+def backbone_name(backbone):
+    """Return a backbone's name for the record: "tiny_clip", wherever the repository lies."""
+    folder = Path(backbone.removeprefix("local-dir:")).resolve()
+    return "tiny_clip" if folder == TINY_CLIP else backbone
 
 
 # ---------------------------------------------------------------- few-shot samples, halves
 
 def few_shot(items, shots, seed):
-    """CoOp's few-shot sample, draw for draw: `shots` items of each label, or all that it has.
+    """Return CoOp's few-shot sample, draw for draw: `shots` items of each label, or all it has.
 
     Labels in order of first appearance. Reproduces the samples that CoOp's authors published."""
     rng, by_label = random.Random(seed), {}
@@ -216,54 +407,104 @@ def few_shot(items, shots, seed):
 
 
 def half(items, classnames, new):
-    """Items of the base (first ceil(C/2)) or new classes, relabelled from 0, and their names."""
+    """Return the items and names of the base (first ceil(C/2)) or new classes, labels from 0."""
     m = math.ceil(len(classnames) / 2)
     keep = range(m, len(classnames)) if new else range(m)
     items = [item._replace(label=item.label - keep.start) for item in items if item.label in keep]
     return items, [classnames[k] for k in keep]
 
 
-# ---------------------------------------------------------------- images to features
+def choose_tests(data, validation, count):
+    """Return the data set as it is tested: on its validation images, on `count` images at most.
+
+    A sample has equally many images of each class, and is the same for every method and seed."""
+    data = copy.copy(data)
+    data.test = data.val if validation else data.test
+    if count:
+        data.test = few_shot(data.test, max(1, count // len(data.classnames)), seed=0)
+    return data
+
+
+# ---------------------------------------------------------------- image features
+
+def contents(items, args):
+    """Return the digests of the items' image files."""
+    return features.digest_files([str(item.path) for item in items], args.cache)
+
 
 @torch.no_grad()
-def encode_images(clip, items, cache, views=None, encode=None, kind=""):
-    """Image features f(x), of length 1: (N, D) of the images as they are, or (N, V, D) of `views`.
+def encode_images(clip, data, items, cache=None, views=None, encode=None, kind=""):
+    """Return image features f(x), unit-norm: (N, D), or (N, V, D) of augmented `views`.
 
-    views  numbers of augmented views; number k of a picture always looks the same
-    cache  the folder where they are kept: each is computed once, whoever asks (None: not kept)
-    encode another function than CLIP's image tower, pixels (n, 3, H, W) -> (n, D), whose features
-           are taken as they are; it needs a name of its own in the cache, `kind`
-    Raises Problem at a picture that is missing or cannot be read."""
-    start, paths, each = time.time(), [str(item.path) for item in items], views or [0]
-    encode = encode or (lambda x: F.normalize(clip.model.encode_image(x).float(), dim=-1))
-    transform = clip.augment if views else clip.preprocess
-    # Batches of one size, the last one filled up: else the last bits of a picture's features would
-    # depend on its company.
+    cache   the folder where they are kept: each is computed once, whoever asks (None: not kept)
+    views   numbers of augmented views; number k of an image always looks the same
+    encode  another function than CLIP's image encoder, pixels (n, 3, H, W) -> (n, ...)
+    kind    its name in the cache
+    Raises Problem at an image that is missing or cannot be read."""
+    paths, each = [str(item.path) for item in items], views or [0]
+    transform = clip.augment(data.crop) if views else clip.preprocess
+    encode = encode or clip.encode_image
+    # Batches of one size, the last one filled up: else the last bits of an image's features would
+    # depend on the other images of its batch.
     size = 128 if clip.device == "cuda" else 8
+    every = 16 if clip.device == "cuda" else 1      # batches between two copies to the host
+    files = features.digest_files(paths, cache) if cache else paths
+    names = [(file, view) for file in files for view in each]
+    key = (clip.image_key, kind, data.own, data.crop if views else None)
+    with features.Store(cache, key) as store:
+        rows = store.find(names)
+        todo, wanted = {}, []                       # the views of each image that are not there yet
+        for name, (path, view) in zip(names, itertools.product(paths, each)):
+            if name not in rows:
+                rows[name] = None                   # two images may be the same: encode one
+                todo.setdefault(path, []).append(view)
+                wanted.append(name)
+        batches = features.load_pixels([*todo], transform, [*todo.values()], size, clip.device,
+                                       data.own)
+        waiting, done, start = [], 0, time.time()
+        with progress(desc="encoding images", unit="image", delay=0.5, total=len(wanted)) as bar:
+            for images in batches:
+                n = len(images)
+                images = F.pad(images, (0, 0) * 3 + (0, size - n))              # (size, 3, H, W)
+                waiting.append(encode(clip.pixels(images))[:n])                 # (n, ...)
+                bar.update(n)
+                if len(waiting) >= every:
+                    done += keep(store, rows, wanted[done:], waiting)
+                    start = announce(start, done, len(wanted), cache)
+            done += keep(store, rows, wanted[done:], waiting)
+    found = torch.stack([rows[name] for name in names])
+    return found.unflatten(0, (len(paths), -1)) if views else found
 
-    def compute(rows, missing):                       # row i V + j is view j of picture i
-        bar.total, some = bar.n + missing, {}
-        for row in rows:
-            some.setdefault(row // len(each), []).append(each[row % len(each)])
-        chosen = [paths[i] for i in some]
-        for pixels in load_pixels(chosen, transform, [*some.values()], size, clip.device):
-            n = len(pixels)
-            pixels = F.pad(pixels, (0, 0) * 3 + (0, size - n))                # (size, 3, H, W)
-            bar.update(n)
-            yield encode(pixels)[:n].float().cpu()                            # (n, D)
 
-    with clip.autocast(), progress(desc="encoding images", unit="image", delay=0.5) as bar:
-        contents = content_digests(paths, cache) if cache else paths
-        names = [(content, view) for content in contents for view in each]
-        features = cached(cache, (clip.key, kind, bool(views)), names, compute, 16 * size)
-    clip.seconds += time.time() - start
-    return (features.unflatten(0, (len(paths), -1)) if views else features).to(clip.device)
+def keep(store, rows, names, waiting):
+    """Move encoded batches to the store and to `rows`, {name: row}; return how many rows."""
+    if not waiting:
+        return 0
+    new = torch.cat(waiting).float().cpu()
+    store.add(names[:len(new)], new)
+    rows.update(zip(names, new))
+    waiting.clear()
+    return len(new)
+
+
+def announce(start, done, total, cache):
+    """Say once, after ten seconds, if an encoding will take more than two minutes.
+
+    Returns `start`, or None after that."""
+    if start is None or time.time() - start < 10:
+        return start
+    minutes = (total - done) * (time.time() - start) / done / 60
+    if minutes > 2:
+        kept = f", once: features are kept in {cache}" * bool(cache)
+        print(f"encoding {total} images takes about {math.ceil(minutes)} minutes{kept}; quicker: "
+              "--precision amp where the processor has bf16, --test-images N", flush=True)
+    return None
 
 
 # ---------------------------------------------------------------- prompts to class features
 
 def tokenize(clip, text):
-    """The token numbers of a text, without start and end; raises Problem if it is too long."""
+    """Return the token numbers of a text, without start and end; raise Problem if too long."""
     tokens, most = clip.tokenizer.encode(text), len(clip.text.positional_embedding) - 2
     if len(tokens) > most:
         raise Problem(f"{text[:60]!r}... is {len(tokens)} tokens long; CLIP reads {most}")
@@ -271,18 +512,21 @@ def tokenize(clip, text):
 
 
 def embed(clip, text):
-    """The embeddings of a text's tokens, or of token numbers: (L, W)."""
-    tokens = tokenize(clip, text) if isinstance(text, str) else text
-    return clip.text.token_embedding(torch.tensor(tokens, dtype=torch.long, device=clip.device))
+    """Return the embeddings of a text's tokens, (L, W), without positions."""
+    tokens = torch.tensor(tokenize(clip, text), dtype=torch.long, device=clip.device)
+    return clip.text.token_embedding(tokens)
 
 
 def start_end(clip):
-    """The embeddings of the start-of-text and end-of-text tokens, (1, W) each."""
-    return embed(clip, [clip.tokenizer.sot_token_id]), embed(clip, [clip.tokenizer.eot_token_id])
+    """Return the embeddings of the start-of-text and end-of-text tokens, (1, W) each."""
+    table, tokenizer = clip.text.token_embedding.weight, clip.tokenizer
+    return [table[k:k + 1] for k in (tokenizer.sot_token_id, tokenizer.eot_token_id)]
 
 
 def name_embeddings(clip, classnames):
-    """For every class the embeddings of its name and of the "." behind it: a list of two (l, W)."""
+    """Return for every class the embeddings of its name, (l, W), and of the "." behind it, (1, W).
+
+    Tokenized together: they may share no token, but the tokenizer sees them side by side."""
     pairs = []
     for classname in classnames:
         name = classname.replace("_", " ")
@@ -291,104 +535,247 @@ def name_embeddings(clip, classnames):
     return pairs
 
 
-def encode_text(clip, prompts):
-    """Class features w_c = g(prompt of c), of length 1: (C, D).
+def encode_text(clip, shared, own):
+    """Return class features w_c = g(prompt of c), unit-norm, (C, D).
 
-    A prompt is a list of parts (l, W), token embeddings without positions, from the start token to
-    the end token, where the tower is read. Raises Problem if one is longer than the tower holds.
+    shared  parts that all prompts begin with: a list of embeddings (l, W)
+    own     for every class a list of the parts behind them; the last one ends with the end token,
+            where the encoder is read
+    Raises Problem if a prompt is longer than the encoder reads.
 
-    Computes what plain_encode_text does, quicker and in less memory: see data/text_tower.py."""
-    return text_tower.encode_text(clip, prompts)
+    CLIP pads to 77 tokens. Its text encoder is causal: tokens behind the end token change nothing,
+    and the states of the shared tokens are the same for all classes. So prompts are only as long as
+    the longest, and the shared tokens go through the encoder once; the others attend to them."""
+    text, past = clip.text, []
+    x = torch.cat(shared)                                               # (S, W)
+    skip = len(x)
+    check_length(clip, skip + max(sum(map(len, parts)) for parts in own))
+    x = (x + text.positional_embedding[:skip])[None]                    # (1, S, W)
+    for block in text.transformer.resblocks:
+        q, k, v = queries_keys_values(block, x)                         # (1, heads, S, W / heads)
+        x = add_attention(block, x, F.scaled_dot_product_attention(q, k, v, is_causal=True))
+        past.append((k, v))
+
+    def encode(some):
+        x, last = pad(some)                                             # (c, L, W), (c,)
+        length = x.shape[1]
+        x = x + text.positional_embedding[skip:skip + length]
+        sees = torch.ones(length, skip + length, dtype=torch.bool, device=x.device).tril(skip)
+        for block, (old_k, old_v) in zip(text.transformer.resblocks, past):
+            q, k, v = queries_keys_values(block, x)                     # (c, heads, L, W / heads)
+            k = torch.cat([old_k.expand(len(x), -1, -1, -1), k], 2)
+            v = torch.cat([old_v.expand(len(x), -1, -1, -1), v], 2)
+            x = add_attention(block, x, F.scaled_dot_product_attention(q, k, v, attn_mask=sees))
+        return (text_feature(text, x[torch.arange(len(x), device=x.device), last]),)
+
+    (w,) = in_chunks(clip, encode, own)
+    return F.normalize(w.float(), dim=-1)
 
 
-def plain_encode_text(clip, prompts):
-    """encode_text as one would write it down; a test holds the two together.
+def queries_keys_values(block, x):
+    """The first half of a transformer block: layer norm, then q, k, v. x (C, L, W).
 
-    CLIP pads to 77 tokens. The tower is causal: what stands behind the end changes nothing.
+    q, k and v are packed in this order in in_proj_weight; (C, heads, L, W / heads) each."""
+    qkv = F.linear(block.ln_1(x), block.attn.in_proj_weight, block.attn.in_proj_bias)
+    return qkv.view(*x.shape[:2], 3, block.attn.num_heads, -1).permute(2, 0, 3, 1, 4)
 
-    For porters: pre-norm blocks, x += attention(ln_1(x)), x += mlp(ln_2(x)); q, k, v packed in this
-    order in in_proj_weight (3 W, W); heads scaled by the root of their width; a causal mask; eps of
-    the layer norms 1e-5; QuickGELU, x sigmoid(1.702 x), in OpenAI's models, else the erf GELU."""
-    x, last = pad(prompts)                                          # (C, L, W), (C,)
-    length = x.shape[1]
-    x = x + clip.text.positional_embedding[:length]
-    for block in clip.text.transformer.resblocks:
-        x = block(x, attn_mask=clip.text.attn_mask[:length, :length])
-    x = text_feature(clip.text, x[torch.arange(len(x)), last])      # ln_final, projection: (C, D)
-    return F.normalize(x.float(), dim=-1)
+
+def add_attention(block, x, attended):
+    """The second half: attended values (C, heads, L, W / heads), then the MLP, both added to x."""
+    x = x + block.ls_1(block.attn.out_proj(attended.transpose(1, 2).flatten(2)))
+    return x + block.ls_2(block.mlp(block.ln_2(x)))
+
+
+def text_feature(text, x):
+    """Return the text feature (C, D), not normalized, of the end token's last state (C, W)."""
+    x, projection = text.ln_final(x), text.text_projection
+    return projection(x) if isinstance(projection, torch.nn.Linear) else x @ projection
+
+
+def pad(prompts):
+    """Return prompts of different lengths as one tensor (C, L, W), and their last places (C,).
+
+    prompts  for every class a list of parts (l, W). Behind a prompt's end stands anything: the
+             causal encoder does not look there."""
+    flat = torch.cat([part for parts in prompts for part in parts])             # (sum of l, W)
+    lengths = torch.tensor([sum(map(len, parts)) for parts in prompts])
+    first = lengths.cumsum(0) - lengths
+    places = torch.arange(int(lengths.max())).clamp(max=lengths[:, None] - 1)   # (C, L)
+    places, last = (t.to(flat.device, non_blocking=True)
+                    for t in (first[:, None] + places, lengths - 1))
+    return flat[places], last
+
+
+def in_chunks(clip, encode, prompts):
+    """Return encode(prompts), a list of tensors (C, ...), computed --class-chunk prompts at a time.
+
+    Activations of a chunk are not kept for the backward pass but computed again in it: memory
+    stays flat as classes grow."""
+    size = clip.class_chunk
+    chunks = [prompts[c:c + size] for c in range(0, len(prompts), size)]
+    if len(chunks) > 1 and torch.is_grad_enabled():
+        encode = functools.partial(checkpoint, encode, use_reentrant=False,
+                                   preserve_rng_state=False)
+    return [torch.cat(column) for column in zip(*map(encode, chunks))]
+
+
+def check_length(clip, length):
+    """Raise Problem if a prompt is longer than the text encoder reads."""
+    most = len(clip.text.positional_embedding)
+    if length > most:
+        raise Problem(f"the longest prompt takes {length} tokens, CLIP reads {most}: "
+                      "a smaller --n-ctx or shorter --ctx-init leaves more for the name")
 
 
 @torch.no_grad()
 def template_features(clip, template, classnames):
-    """CLIP's zero-shot classifier, class features of "a photo of a {}." or the like: (C, D)."""
+    """Return zero-shot CLIP's class features of "a photo of a {}." or the like, (C, D).
+
+    Of several templates, separated by |, the mean of their unit-norm features, normalized."""
     start, end = start_end(clip)
-    texts = [template.format(classname.replace("_", " ")) for classname in classnames]
-    with clip.autocast():
-        return encode_text(clip, [[start, embed(clip, text), end] for text in texts])
+    found = []
+    for one in template.split("|"):
+        texts = [one.format(classname.replace("_", " ")) for classname in classnames]
+        with clip.autocast():
+            found.append(encode_text(clip, [start], [[embed(clip, text), end] for text in texts]))
+    return found[0] if len(found) == 1 else F.normalize(sum(found), dim=-1)
 
 
-# ---------------------------------------------------------------- the training's schedule
+# ---------------------------------------------------------------- training and evaluation
 
 def default_epochs(run):
-    """CoOp's: 50, 100, 100, 200, 200 for 1, 2, 4, 8, 16 shots; 50 on ImageNet."""
+    """Return CoOp's number of epochs: by the shots, and 50 on ImageNet (paper)."""
     if run.shots < 2 or run.data.name == "imagenet":
         return 50
     return 100 if run.shots < 8 else 200
 
 
-def learning_rate(epoch, epochs, lr):
-    """The authors' schedule: an epoch at 1e-5, then half a cosine, not quite down to 0."""
-    return 1e-5 if epoch == 0 else lr * (1 + math.cos(math.pi * (epoch - 1) / epochs)) / 2
+@dataclass
+class Part:
+    """What is tested: images and the classes that compete for them."""
+    name: str                       # "all classes", "base", "new", or a data set of --transfer
+    data: Data
+    items: list
+    classes: list                   # [(label in the data set, name)]
+    transfer: bool = False
+    features: torch.Tensor = None   # f(x) of the test images, (N, D)
+    zero_shot: torch.Tensor = None  # class features of the template, (C, D)
+
+    @property
+    def classnames(self):
+        return [name for _, name in self.classes]
 
 
-# ---------------------------------------------------------------- batches and evaluation
-
-# What is tested: the pictures' features (N, D), and the written template's class features (C, D).
-Part = namedtuple("Part", "name items classnames features zero_shot")
-
-
-def make_part(clip, args, name, data, items, classnames):
-    """A Part, encoded. Raises Problem at a bad picture, or where features are not finite."""
-    features = encode_images(clip, items, args.cache)
-    zero_shot = template_features(clip, data.template, classnames)
-    if not features.isfinite().all() or not zero_shot.isfinite().all():
-        raise Problem(f"--backbone {args.backbone} {args.pretrained}: its features are not finite, "
-                      "so its weights cannot be right")
-    return Part(name, items, classnames, features, zero_shot)
+def make_parts(data, others, base_to_new):
+    """Return the Parts of a run: all classes, or the base and the new ones; then other data sets."""
+    parts = []
+    for name, new in (("base", False), ("new", True)) if base_to_new else ():
+        items, _ = half(data.test, data.classnames, new)
+        m = math.ceil(len(data.classnames) / 2)
+        classes = list(enumerate(data.classnames))
+        parts.append(Part(name, data, items, classes[m:] if new else classes[:m]))
+    parts = parts or [Part("all classes", data, data.test, list(enumerate(data.classnames)))]
+    return parts + [Part(other.name, other, other.test, list(enumerate(other.classnames)), True)
+                    for other in others]
 
 
 @dataclass
 class Run:
-    """One training and evaluation: (shots, seed) of a method on a data set."""
+    """One training and evaluation: a method on a data set, a number of shots, a seed."""
+    job: tuple                      # (data set, shots, seed) as the flags ask for it
     method: str
-    args: argparse.Namespace
+    args: argparse.Namespace        # the flags, settled for this data set
     clip: Clip
     data: Data
-    parts: list       # of Part: all classes, or the base and the new ones; then those of --transfer
     shots: int
     seed: int
-    classnames: list  # of the classes to learn: all, or the base half
-    items: list       # the few-shot sample, labelled from 0
-    about: dict = None             # what the records of all runs of this command say
-    job: sweep.Job = None          # which of them this is
-    asked: Part = None             # the pictures of --predict
-    features: torch.Tensor = None  # of the sample's augmented views, (N, V, D)
-    started: float = field(default_factory=time.time)
+    items: list                     # the few-shot sample, labels from 0; [] for a loaded prompt
+    classes: list                   # [(label, name)] of the classes that the prompt is trained on
+    parts: list                     # of Part; shared by the runs on this data set
+    identities: dict                # {data set: digest}, see data/results/records.py
+    file: str = ""                  # of --load
+    origin: dict = None             # of the prompt in this file
+    features: torch.Tensor = None   # f(x) of the sample's augmented views, (N, V, D)
     logged: dict = field(default_factory=dict)
+    errors: object = field(default_factory=contextlib.nullcontext)  # around the work of this run
+
+    def __post_init__(self):
+        self.classnames = [name for _, name in self.classes]
+        self.labels = torch.tensor([item.label for item in self.items], device=self.clip.device)
+        self.protocol = "base-to-new" if self.args.base_to_new else "few-shot"
+        self.title = f"{self.data.name}, {shots_in_words(self.shots)}, seed {self.seed}"
+        if self.file:
+            self.title += f", prompt of {self.file}"
+        self.setting = records.digest(
+            self.method, records.current_code(self.method), self.clip.weights,
+            f"{self.clip.dtype} {self.clip.amp}", self.protocol,
+            records.flags_that_matter(self.args), self.origin and self.origin["setting"])
+        sample = [[content.hex(), item.label]
+                  for content, item in zip(contents(self.items, self.args), self.items)]
+        self.id = records.digest(self.setting, self.identities[self.data.name], self.shots,
+                                 self.seed, sample, self.origin and self.origin["tensors"])
+
+    def device_name(self):
+        """Return the device for the record."""
+        cuda = self.clip.device == "cuda"
+        return torch.cuda.get_device_name() if cuda else platform.machine()
+
+    @property
+    def template(self):
+        """The template that belongs to the prompt: the data set's, or that of the loaded file."""
+        return self.origin["template"] if self.origin else self.data.template
+
+    # ------------------------------------------------ before the training
+
+    def start(self, prompt):
+        """Encode all images, so that a bad one is found now; fill the prompt from --load.
+
+        A method that changes the image encoder (it has image_features) encodes its own training
+        images. Raises Problem: unreadable image, a prompt file that does not fit."""
+        args, began = self.args, time.time()
+        for part in self.parts:
+            if part.features is None and part.items:
+                f = encode_images(self.clip, part.data, part.items, args.cache)
+                part.features = f.to(self.clip.device)
+                part.zero_shot = template_features(self.clip, part.data.template, part.classnames)
+                if not (f.isfinite().all() and part.zero_shot.isfinite().all()):
+                    raise Problem(f"--backbone {args.backbone} {args.pretrained}: its features are "
+                                  "not finite, so its weights cannot be right")
+        if self.file:
+            self.load(prompt)
+        elif not hasattr(prompt, "image_features"):
+            views = list(range(args.views))
+            self.features = self.encode_views(views or [0], args.cache if views else None)
+        self.initial = {name: tensor.clone() for name, tensor in prompt.state_dict().items()}
+        self.started, self.encoding = now(self.clip), now(self.clip) - began
+
+    def encode_views(self, views, cache):
+        """Return f(x) of augmented views of the few-shot sample, (N, V, D)."""
+        f = encode_images(self.clip, self.data, self.items, cache, views)
+        return f.to(self.clip.device)
 
     def load(self, prompt):
-        """Puts what --load holds into `prompt`. Raises Problem if it is of another kind."""
-        records.load(self, prompt)
+        """Fill a prompt with the tensors of --load. Raises Problem if they do not fit."""
+        tensors = features.read_whole(self.file, "--load")
+        if features.tensor_digest(tensors) != self.origin["tensors"]:
+            raise Problem(f"--load {self.file}: is damaged: its tensors have changed")
+        for name, buffer in prompt.named_buffers():     # ProGrad's: as many words as there were
+            if name in tensors and buffer.shape[1:] == tensors[name].shape[1:]:
+                setattr(prompt, name, tensors[name].to(buffer))
+        wanted = {name: (tuple(t.shape), t.dtype) for name, t in prompt.state_dict().items()}
+        found = {name: (tuple(t.shape), t.dtype) for name, t in tensors.items()}
+        if wanted != found:
+            raise Problem(f"--load {self.file}: holds {found}; these flags and classes ask for "
+                          f"{wanted}")
+        prompt.load_state_dict(tensors)
 
-    @functools.cached_property
-    def labels(self):
-        """The labels of the few-shot sample, (N,)."""
-        return torch.tensor([item.label for item in self.items], device=self.clip.device)
+    # ------------------------------------------------ batches
 
     def plan(self, epoch):
-        """The batches of an epoch, [(rows (B,), views (B,))]: the images shuffled, a view of each.
+        """Return the batches of an epoch, [(rows (B,), views (B,))]: images shuffled, a view each.
 
-        A last batch that is not full is dropped unless it is the only one, as in CoOp's code."""
+        An incomplete last batch is dropped unless it is the only one (authors' code). Drawn on the
+        CPU: the same on every device."""
         rng = torch.Generator().manual_seed(1000003 * self.seed + epoch)
         n, size = len(self.items), self.args.batch_size
         order = torch.randperm(n, generator=rng)
@@ -396,85 +783,179 @@ class Run:
         batches = zip(order.split(size), views.split(size))
         return list(batches)[:max(1, n // size)]
 
-    def views(self, epoch):
-        """The numbers of the random crops that an epoch draws from; with --views 0 a new one."""
-        return list(range(self.args.views)) or [epoch]
-
     def batches(self, epoch):
-        """Yields (f(x) (B, D), labels (B,)) of the epoch's batches."""
-        if epoch and not self.args.views:
-            self.features = encode_images(self.clip, self.items, None, self.views(epoch))
-        for rows, views in self.plan(epoch):
-            yield self.features[rows, views], self.labels[rows]
+        """Yield (f(x) (B, D), labels (B,)) of the epoch's batches."""
+        if epoch and not self.args.views:               # --views 0: fresh crops
+            self.features = self.encode_views([epoch], None)
+        columns = zip(*self.plan(epoch))
+        rows, views = (torch.stack(column).to(self.clip.device) for column in columns)
+        for some, of in zip(rows, views):
+            yield self.features[some, of], self.labels[some]
 
     def pixel_batches(self, epoch):
-        """Yields (pixels (B, 3, H, W), labels, rows, views (B,) each) of the epoch's batches.
+        """Yield (pixels (B, 3, H, W), labels (B,), rows (B,), views (B,)) of the epoch's batches.
 
-        For a method that changes the image tower."""
-        plan, numbers = self.plan(epoch), self.views(epoch)
-        paths = [self.items[row].path for rows, _ in plan for row in rows]
-        views = [[numbers[view]] for _, some in plan for view in some]
-        size, device = self.args.batch_size, self.clip.device
-        loader = load_pixels(paths, self.clip.augment, views, size, device)
-        for (rows, views), pixels in zip(plan, loader):
-            yield pixels, self.labels[rows], rows, views
+        For a method that changes the image encoder."""
+        plan = self.plan(epoch)
+        paths = [str(self.items[row].path) for rows, _ in plan for row in rows]
+        views = [[int(view) if self.args.views else epoch] for _, some in plan for view in some]
+        loader = features.load_pixels(paths, self.clip.augment(self.data.crop), views,
+                                      len(plan[0][0]), self.clip.device, self.data.own)
+        for (rows, some), images in zip(plan, loader):
+            yield self.clip.pixels(images), self.labels[rows.to(self.labels.device)], rows, some
+
+    # ------------------------------------------------ the record of a training
 
     def log(self, epoch, **values):
-        """Notes what a step computed, numbers or tensors; the record holds means over an epoch."""
+        """Note what a step computed, numbers or tensors; the record holds means over each epoch."""
         if epoch not in self.logged.get("loss", [epoch]):
-            self.check_finite()  # once an epoch: a GPU is not made to wait at every step
+            self.check_finite()         # once an epoch: a GPU is not made to wait at every step
         for name, value in values.items():
             steps = self.logged.setdefault(name, {}).setdefault(epoch, [])
             steps.append(torch.as_tensor(value).detach())
 
     def check_finite(self, *tensors):
-        """Raises Problem if the last epoch's loss, or one of the tensors, is not finite."""
+        """Raise Problem if the last epoch's loss, or one of the tensors, is not finite."""
         epoch, losses = next(reversed(self.logged.get("loss", {}).items()), (0, [torch.zeros(())]))
         losses = torch.stack(losses)
         if not all(tensor.isfinite().all() for tensor in (losses, *tensors)):
-            if self.args.load:
-                raise Problem(f"--load {self.job.file}: its numbers or features are not finite")
+            if self.file:
+                raise Problem(f"--load {self.file}: its numbers or features are not finite")
             raise Problem(f"the training failed in epoch {epoch + 1}, with loss {losses.mean():g}: "
                           f"try a smaller --lr than {self.args.lr:g}")
 
     def history(self):
-        """What was logged: {name: list over epochs}."""
+        """Return what was logged: {name: [mean over the steps of each epoch]}."""
         return {name: [torch.stack(steps).double().mean(0).tolist() for steps in epochs.values()]
                 for name, epochs in self.logged.items()}
 
+    # ------------------------------------------------ evaluation
+
     @torch.no_grad()
     def classifiers(self, prompt, part):
-        """[(image features (N, D), class features (C, D))]: zero-shot CLIP's, and the prompt's."""
+        """Return [(image features (N, D), class features (C, D))] of zero-shot CLIP and the prompt."""
         f = part.features
-        if hasattr(prompt, "image_features"):  # prompts in the image tower as well
-            f = encode_images(self.clip, part.items, None, encode=prompt.image_features)
         with self.clip.autocast():
-            w = prompt.class_features(part.classnames)
+            w = prompt.class_features(part)
+            if hasattr(prompt, "image_features"):
+                f = encode_images(self.clip, part.data, part.items, encode=prompt.image_features)
+                f = f.to(self.clip.device)
         self.check_finite(f, w)
         return [(part.features, part.zero_shot), (f, w.float())]
 
     def evaluate(self, prompt, part):
-        """Percent of the pictures that the template and the prompt put into their class."""
+        """Return how well zero-shot CLIP and the prompt classify the images of a part.
+
+        zero_shot, accuracy  percent of the images whose class has the largest f(x) . w_c
+        kl                   mean over the images of KL(zero-shot || prompt), in nats
+        counts               images of each class (row) put into each class (column), (C, C)"""
         labels = torch.tensor([item.label for item in part.items], device=self.clip.device)
-        zero_shot, predicted = ((f @ w.T).argmax(-1) for f, w in self.classifiers(prompt, part))
-        percent = lambda classes: 100 * classes.eq(labels).double().mean().item()
-        return {"zero_shot": percent(zero_shot), "accuracy": percent(predicted),
-                "per_class": records.per_class(part.classnames, labels, predicted)}
+        logits = [self.clip.logit_scale * f @ w.T for f, w in self.classifiers(prompt, part)]
+        zero_shot, predicted = (z.argmax(-1) for z in logits)
+        log_zs, log_p = (z.double().log_softmax(-1) for z in logits)
+        places = labels * len(part.classes) + predicted
+        counts = torch.bincount(places, minlength=len(part.classes) ** 2)
+        return {"zero_shot": percent(zero_shot == labels), "accuracy": percent(predicted == labels),
+                "kl": (log_zs.exp() * (log_zs - log_p)).sum(-1).mean().item(),
+                "counts": counts.view(len(part.classes), -1).tolist()}
 
     def finish(self, prompt, **more):
-        """Evaluates a prompt, saves it (unless it was loaded), records and prints it.
+        """Evaluate a prompt; save, record and print it.
 
-        prompt  a Module with class_features(classnames) -> (C, D)
+        prompt  a Module with class_features(part) -> (C, D)
         more    what the method has to tell beside what it logged"""
-        trained = time.time()
+        trained, args = now(self.clip), self.args
         self.check_finite(*prompt.parameters())
-        rows = {part.name: self.evaluate(prompt, part) for part in self.parts}
-        if self.args.save and not self.args.load:
-            records.save(self, prompt)
-        if self.args.export:
-            export.write(self, prompt, learning_rate, rows)
-        record = records.add(self, prompt, rows, trained, more)  # before printing, which may fail
-        self.clip.seconds = 0
-        sweep.show(self.job.title, record)
-        if self.asked:
-            predict.show(self, *self.classifiers(prompt, self.asked))
+        rows = {part.name: self.evaluate(prompt, part) for part in self.parts if part.items}
+        if args.save:
+            self.save(prompt)
+        if args.export:
+            export.write(self, prompt, rows)
+        if rows:
+            seconds = {"encoding": self.encoding, "training": trained - self.started,
+                       "all": now(self.clip) - self.started + self.encoding}
+            more = {**self.history(), **more, "seconds": seconds,
+                    "parameters": sum(p.numel() for p in prompt.parameters())}
+            record = records.record_of(self, rows, more)
+            records.append(args.out, record)        # before printing, which may fail
+            show(self.title, record)
+            print(f"  recorded in {args.out}")
+        if args.predict:
+            self.predict(prompt)
+
+    def save(self, prompt):
+        """Write the prompt to --save, with where it comes from."""
+        tensors = prompt.state_dict()
+        origin = records.origin_of(self, features.tensor_digest(tensors))
+        file = records.fill(self.args.save, self.job[1], self.job[2], self.data.name)
+        features.write_whole(file, tensors, {"kind": "prompt", "origin": json.dumps(origin)})
+        print(f"{self.title}: saved in {file}")
+
+    def predict(self, prompt, top=5):
+        """Print the likeliest classes of the images of --predict, with probabilities in percent."""
+        data = copy.copy(self.data)
+        data.own = True             # phone photographs: upright, without alpha
+        items = [Item(file, 0, "") for file in self.args.predict]
+        classes = list(enumerate(data.classnames))
+        part = Part("predict", data, items, classes if self.parts[0].items else self.classes)
+        part.features = encode_images(self.clip, data, items).to(self.clip.device)
+        part.zero_shot = template_features(self.clip, data.template, part.classnames)
+        names = [name.replace("_", " ") for name in part.classnames]
+        width = max(max(map(len, names)), len(self.method)) + 8
+        both = [(self.clip.logit_scale * f @ w.T).softmax(-1).topk(min(top, len(names)))
+                for f, w in self.classifiers(prompt, part)]
+        zero_shot, ours = ([*zip(values.tolist(), places.tolist())] for values, places in both)
+        for file, (p, k), (q, j) in zip(self.args.predict, ours, zero_shot):
+            print(f"{file}\n  {self.method:<{width}}zero-shot")
+            for row in range(len(p)):
+                print(f"  {names[k[row]]:<{width - 7}} {100 * p[row]:5.1f} "
+                      f" {names[j[row]]:<{width - 7}} {100 * q[row]:5.1f}")
+
+
+def now(clip):
+    """Return the time, after a GPU has done what it was given."""
+    if clip.device == "cuda":
+        torch.cuda.synchronize()
+    return time.time()
+
+
+def shots_in_words(shots):
+    return f"{shots} shot{'s' * (shots != 1)}"
+
+
+def percent(right):
+    return 100 * right.double().mean().item()
+
+
+def show(title, record):
+    """Print a record's accuracies, and the mean KL divergence from zero-shot CLIP's predictions."""
+    if record["protocol"] == "base-to-new":
+        rows = [(name, record[f"zero_shot_{name}"], record[name], record["kl"].get(name))
+                for name in ("base", "new", "harmonic")]
+    else:
+        rows = [("all classes", record["zero_shot"], record["accuracy"],
+                 record["kl"]["all classes"])]
+    rows += [(name, target["zero_shot"], target["accuracy"], None)
+             for name, target in record["transfer"].items()]
+    width = max(34, len(title), *(2 + len(row[0]) for row in rows))
+    print(f"{title:<{width}} zero-shot {record['method']:>9}  KL to zero-shot")
+    for name, zero_shot, accuracy, kl in rows:
+        tail = f"{kl:17.2f}" if kl is not None else ""
+        print(f"{'  ' + name:<{width}} {zero_shot:9.1f} {accuracy:9.1f}{tail}")
+
+
+def show_means(out, ids):
+    """Print mean ± std over seeds of those of the runs that differ in nothing else."""
+    groups = {}
+    for record in {record["run"]: record for record in records.read(out)[0]}.values():
+        if record["run"] in ids:
+            key = record["setting"], record["data"], record["shots"]
+            groups.setdefault(key, []).append(record)
+    for found in groups.values():
+        if len(found) > 1:
+            first = found[0]
+            print(f"{first['dataset']}, {shots_in_words(first['shots'])}: "
+                  f"mean ± std over {len(found)} seeds of {first['method']}")
+            for name in records.SCORES[first["protocol"]]:
+                values = [record[name] for record in found]
+                print(f"  {name:<20} {statistics.mean(values):6.1f} ± {statistics.stdev(values):.1f}")

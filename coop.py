@@ -1,121 +1,125 @@
 """CoOp: learn the words around the class name.
 
-Zhou et al., "Learning to Prompt for Vision-Language Models", IJCV 2022, arXiv 2109.01134.
+Zhou, Yang, Loy, Liu: "Learning to Prompt for Vision-Language Models", IJCV 2022, arXiv 2109.01134.
 
-CLIP classifies an image by comparing it with a sentence for every class; a few words more or less
-in it are worth several points. CoOp replaces them by vectors, learned from a few labelled images.
-CLIP itself stays frozen.
+Zero-shot CLIP compares an image with one sentence per class, such as "a photo of a cat.", and its
+accuracy depends on the wording. CoOp replaces the words before the class name with 16 learnable
+vectors, the context, and trains them on a few labeled images with cross-entropy. CLIP is frozen.
 
-The model; on the right, the function that computes it
-    w_c    = g([start, v_1, ..., v_M, name_c, ".", end])        class feature       Prompt.forward
-    p(c|x) = softmax_c(tau f(x) . w_c)                          CLIP's classifier   train
-    L      = -log p(y|x), mean over a batch                     cross-entropy       train
-    G      = dL/dv                                              its gradient        train
+    w_c    = g([start] v_1 ... v_M [name of c] "." [end])      class feature of class c
+    p(c|x) = softmax_c(tau * f(x) . w_c)                        CLIP's classifier
+    L      = mean over the batch of -log p(y|x)                 cross-entropy, minimized over v
 
-    x, y   an image and its label, one of the C classes that are learned
-    f(x)   the feature that CLIP's image tower gives it, D numbers, of length 1
-    g      CLIP's text tower: the feature that it reads at the end token, of length 1
-    v_m    the learned context, M = 16 vectors as wide as word embeddings (W), shared by all classes
-           (--class-specific: M of them for each one, none for new ones); they start as
-           noise, N(0, 0.02^2), or as the words of --ctx-init, and M is then their number
-    name_c the embeddings of the class name's tokens (--position middle: behind the first M // 2 of
-           v; front: before v)
-    tau    CLIP's logit scale, not its logarithm: 100 in OpenAI's models
+    f(x)   unit-norm image feature of image x with label y, from the frozen image encoder   (D,)
+    g      the frozen text encoder, read at the end token and normalized                    (D,)
+    v      the learned context: M vectors of the text encoder's width W                     (M, W)
+    tau    CLIP's learned inverse temperature (100 in OpenAI's models), not its logarithm
 
-The update, once for each batch, SGD: to G come weight decay, then momentum (u = 0 at first)
-    u <- 0.9 u + (G + 0.0005 v),  v <- v - r u
-    r = 1e-5 in epoch e = 0; in epochs e = 1, ..., E - 1 it is lr (1 + cos(pi (e - 1) / E)) / 2
-    with lr = 0.002; E = 50 epochs for 1 shot (training image per class), 100 for 2 to 7, 200 for
-    more, and always 50 on ImageNet
-    A batch is 32 of the training images, shuffled anew in every epoch; the last one is not used if
-    it is smaller, unless it is the only one. Of every image ten random crops, flipped or not, are
-    encoded before the training; of the ten one is drawn whenever it is used (--views 0: new ones).
+One context serves all classes, so it can be tested on classes it was not trained on: --base-to-new
+trains on the first half of the classes, then classifies each half among its own classes. CoOp loses
+accuracy on the new half; ProGrad, MVP-MI and RESTORE try to prevent that.
 
-The test: argmax_c f(x) . w_c over the classes that are tested (--base-to-new: the learned half,
-then the other half by itself), for images resized as CLIP itself does, without a random crop.
+Try, on the embedded data set "shapes" (seed 1):
+    python coop.py --base-to-new --shots 16
+    python coop.py --ctx-init "a photo of a"    start from these 4 words instead of noise (M = 4)
 
-Try first:  python coop.py --base-to-new --shots 16     what it costs on classes not learned
-            python coop.py --ctx-init "a photo of a"    start from words instead of noise
+paper: loss, context, schedule, augmentation. Authors' code: momentum, weight decay, the incomplete
+batch that is dropped. Ours: ten random crops of each image are encoded once, and each epoch uses
+one of them; --views 0 encodes fresh crops every epoch, as the paper does.
 """
 
-import common  # first: Ctrl-C while the libraries load ends in one line
+import math
 
 import torch
 import torch.nn.functional as F
 
+import common
+
 
 class Prompt(torch.nn.Module):
-    """The learned context v: (M, W), shared by all classes, or (C, M, W), class-specific."""
+    """Soft prompts: class names surrounded by the learned context."""
 
     def __init__(self, clip, v, position="end"):
         super().__init__()
-        self.clip, self.position = clip, position
-        self.v = torch.nn.Parameter(v)  # clip is no Module, and stays frozen
+        self.clip = clip                                # a plain object: not in parameters()
+        self.v = torch.nn.Parameter(v)                  # (M, W); class-specific: (C, M, W)
+        self.position = position
 
     def forward(self, names):
-        """Class features w (C, D). names: C pairs, embeddings of name_c and of the "." after it."""
-        start, end = common.start_end(self.clip)                        # (1, W) each
+        """Return the class features w, unit-norm, (C, D).
+
+        names  one pair per class: embeddings of its name, (l, W), and of ".", (1, W)"""
+        start, end = common.start_end(self.clip)        # (1, W) each
+        if self.position == "end" and self.v.ndim == 2:
+            return common.encode_text(self.clip, [start, self.v], [[*pair, end] for pair in names])
         prompts = []
-        for c, (name, dot) in enumerate(names):                         # (l, W) and (1, W)
-            v = self.v if self.v.ndim == 2 else self.v[c]               # (M, W)
-            half = len(v) // 2
-            prompts.append({
-                "end": [start, v, name, dot, end],
-                "middle": [start, v[:half], name, v[half:], dot, end],
-                "front": [start, name, v, dot, end],
-            }[self.position])
-        return common.encode_text(self.clip, prompts)
+        for c, (name, dot) in enumerate(names):
+            v = self.v if self.v.ndim == 2 else self.v[c]
+            half = {"end": len(v), "middle": len(v) // 2, "front": 0}[self.position]
+            prompts.append([v[:half], name, v[half:], dot, end])
+        return common.encode_text(self.clip, [start], prompts)
 
-    def class_features(self, classnames):
-        """Class features (C, D), for the test: of any classes, or of v's if class-specific."""
-        return self(common.name_embeddings(self.clip, classnames))
+    def class_features(self, part):
+        """Return the class features of the classes of a test, (C, D)."""
+        return self(common.name_embeddings(self.clip, part.classnames))
 
 
-def first_context(run, args):
-    """Where v starts: noise, or the embeddings of words; M is then the number of their tokens."""
-    copies = [len(run.classnames)] if args.class_specific else []
-    if args.ctx_init:
-        return common.embed(run.clip, args.ctx_init).repeat(*copies, 1, 1)
+def initial_context(run):
+    """Return the context before training: the words of --ctx-init, or Gaussian noise."""
+    copies = [len(run.classes)] if run.args.class_specific else []
+    if run.args.ctx_init:
+        if "n_ctx" in run.args.typed:
+            raise common.Problem("--n-ctx beside --ctx-init: M is the number of the words' tokens")
+        return common.embed(run.clip, run.args.ctx_init).repeat(*copies, 1, 1)
     width = run.clip.text.token_embedding.embedding_dim
-    return 0.02 * torch.randn(*copies, args.n_ctx, width, device=run.clip.device)
+    v = 0.02 * torch.randn(*copies, run.args.n_ctx, width)  # on the CPU: alike on every device
+    return v.to(run.clip.device)
 
 
-def train(prompt, run, args):
-    """Learns the prompt in place."""
-    clip = run.clip
+def train(prompt, run):
+    """Train the prompt in place."""
+    clip, args = run.clip, run.args
     names = common.name_embeddings(clip, run.classnames)
     optimizer = torch.optim.SGD(prompt.parameters(), args.lr, momentum=0.9, weight_decay=5e-4)
-    epochs = args.epochs or common.default_epochs(run)
+    epochs = args.epochs or common.default_epochs(run)  # 50 for 1 shot, 100 for 2 to 7, else 200
     for epoch in common.progress(range(epochs), desc="training", unit="epoch"):
-        optimizer.param_groups[0]["lr"] = common.learning_rate(epoch, epochs, args.lr)
-        for f, y in run.batches(epoch):                                 # (B, D), (B)
-            with clip.autocast():                                       # on a GPU: bf16 or fp16
-                w = prompt(names)                                       # (C, D)
-            logits = clip.logit_scale * f @ w.T                         # (B, C)
+        # One epoch of warm-up at 1e-5, then half a cosine from lr to almost 0.
+        decay = (1 + math.cos(math.pi * (epoch - 1) / epochs)) / 2
+        optimizer.param_groups[0]["lr"] = lr = 1e-5 if epoch == 0 else args.lr * decay
+        # Shuffled mini-batches (32 images by default); an incomplete last one is dropped unless it
+        # is the only one. Each image appears as one of its ten random crops.
+        for f, y in run.batches(epoch):                 # (B, D), (B,)
+            with clip.autocast():                       # the text encoder in bf16 on a GPU
+                w = prompt(names)                       # (C, D)
+            logits = clip.logit_scale * f @ w.T         # (B, C)
             loss = F.cross_entropy(logits, y)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            run.log(epoch, loss=loss)
+            run.log(epoch, loss=loss, lr=lr)
+
+
+def flags():
+    """Return the parser of this script's flags."""
+    parser = common.flags(__doc__, lr=0.002, batch_size=32, n_ctx=16)
+    parser.add_argument("--ctx-init", type=common.words, default="", metavar="WORDS",
+                        help="start from these words instead of noise")
+    parser.add_argument("--class-specific", action="store_true",
+                        help="learn one context per class; it cannot be used with new classes")
+    parser.add_argument("--position", choices=["end", "middle", "front"], default="end",
+                        help="of the class name in the prompt (end)")
+    return parser
 
 
 def main():
-    parser = common.flags(__doc__, lr=0.002, batch_size=32, n_ctx=16)
-    parser.add_argument("--ctx-init", type=common.words, default="", metavar="WORDS",
-                        help="start from these words instead")
-    parser.add_argument("--class-specific", action="store_true",
-                        help="learn one context per class instead of one for all")
-    parser.add_argument("--position", choices=["end", "middle", "front"], default="end",
-                        help="where the class name stands (end)")
-    args = common.parse(parser)
-    for run in common.runs(__file__, args):
-        prompt = Prompt(run.clip, first_context(run, args), args.position)
-        if args.load:
-            run.load(prompt)
-        else:
-            train(prompt, run, args)
-        run.finish(prompt)
-        print("  nearest words:", common.nearest_words(run.clip, prompt.v))
+    for run in common.runs(__file__, flags()):          # for each data set, number of shots, seed
+        with run.errors:                                # one that fails does not end the others
+            prompt = Prompt(run.clip, initial_context(run), run.args.position)
+            run.start(prompt)                           # encode all images; fill it from --load
+            if not run.args.load:
+                train(prompt, run)
+            # Predict argmax_c f(x) . w_c for the test images, record, print.
+            run.finish(prompt)
 
 
 if __name__ == "__main__":

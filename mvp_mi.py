@@ -1,225 +1,214 @@
-"""MVP-MI: learn the words around the class name, informative about the hand-written prompt.
+"""MVP-MI: a learned prompt that stays informative about the hand-crafted one.
 
-Paper: arXiv 2410.03189, called MVP-MI here (summaries call the method E2MIM). Of it only its
-abstract and summaries could be read, no equation, and there is no public code. Marked [P] is what
-they say, [O] is our reading of it, in the simplest form.
+Q. Zhang: "Generalizable Prompt Tuning for Vision-Language Models", 2024, arXiv 2410.03189. Only its
+abstract and summaries could be read, no equation, and there is no public code. **paper** marks what
+they say, **ours** our reading of it, in the simplest form.
 
-The learned and the written prompt are two views of the text [P]. Their mutual information is
-maximised, so that the learned one keeps the general meaning [P]. Class-wise Mixup of the image
-features widens what the prompt is trained against [P], and takes part in the mutual information,
-which a learned estimator measures [P]. CLIP itself stays frozen.
+A learned prompt fits the training classes, a hand-crafted one serves all classes. The method treats
+them as two views of the text and maximizes their mutual information, so that the learned prompt
+keeps the general meaning (paper). Class-wise Mixup of image features widens what the prompt is
+trained on, and a learnable critic measures the mutual information (paper). CLIP is frozen.
 
-The model; on the right, the function that computes it
-    w_c    = g([start, v_1, ..., v_M, name_c, ".", end])        class feature       Prompt.forward
-    p(c|x) = softmax_c(tau f(x) . w_c)                          CLIP's classifier   train
-    h_c    = g("a photo of a [name of c]." or the like)         written prompt      train
-    z      = a f(x_i) + (1 - a) f(x_j),  f~ = z / |z|           class-wise Mixup    mixup
-    T(w,b) = cos(A w, B b) / t,  b an h_k or an f~              the estimator [O]   Critic
-    L_view = -1/(2C) sum_c [log softmax_k(T(w_c, h_k))_c
-                          + log softmax_k(T(w_k, h_c))_c]       InfoNCE [O]         info_nce
-    L_img  = - mean over f~ of log softmax_k(T(w_k, f~))_y~     InfoNCE with w [O]  train
-    L      = - mean over batch and f~ of log p(y|.)             [O]: f~ in it, too
-             + lambda L_view + mu L_img                                             train
-    G      = dL/dv                                              its gradient        train
-    c and k run over all C classes that are learned: L_view compares C x C pairs of prompts, the
-    same in every batch, and L_img every f~ with the C learned prompts.
+    w_c    = g([start] v_1 ... v_M [name of c] "." [end])      class feature of class c
+    p(c|x) = softmax_c(tau * f(x) . w_c)                        CLIP's classifier
+    h_c    = g("a photo of a [name of c].")                     hand-crafted view, frozen
+    z      = a f(x_i) + (1 - a) f(x_j), normalized              Mixup of two images of one class
+    T(w,b) = cos(P w, Q b) / t,  b an h_k or a z                the critic (ours)
+    L_view = -1/(2C) sum_c [log softmax_k(T(w_c, h_k))_c        InfoNCE of the two views, both ways,
+                          + log softmax_k(T(w_k, h_c))_c]       over the C classes (ours)
+    L_img  = mean over z of -log softmax_k(T(w_k, z))_y         InfoNCE of mixed images (ours)
+    L      = mean over the batch and z of -log p(y|.) + lambda L_view + mu L_img
 
-    x, y   an image and its label, one of the C classes that are learned
-    f(x)   the feature that CLIP's image tower gives it, D numbers, of length 1
-    g      CLIP's text tower: the feature that it reads at the end token, of length 1
-    v_m    the learned context, M = 16 vectors as wide as word embeddings (W), shared by all classes
-           (--class-specific: M of them for each one, none for new ones); they start as
-           noise, N(0, 0.02^2), or as the words of --ctx-init, and M is then their number
-    name_c the embeddings of the class name's tokens (--position middle: behind the first M // 2 of
-           v; front: before v)
-    tau    CLIP's logit scale, not its logarithm: 100 in OpenAI's models
-    f~, y~ K = 2 for each class y~ in a batch [O]: i and j are drawn, with replacement, from all
-           training images of that class, each as a random crop; a is uniform in [0, 1], Beta(1, 1)
-    A, B   (D, D) maps that start at the identity, t starts at 0.07: one estimator for both terms.
-           A, B and log t are learned as v is, but without weight decay. --critic cosine: they
-           stay as they start, T = cos / t
-    lambda = 4, and t: the best harmonic mean of base and new classes on validation images, as an
-           average over the repository's small data sets, of lambda 0, 1, 4, 16 and t 0.07, 0.3, 1
-    mu     = 1, which was not searched
+    f(x)   unit-norm image feature of image x with label y, from the frozen image encoder   (D,)
+    g      the frozen text encoder, read at the end token and normalized                    (D,)
+    v      the learned context: M vectors of the text encoder's width W                     (M, W)
+    tau    CLIP's learned inverse temperature (100 in OpenAI's models), not its logarithm
+    z      two for each class of a batch: i and j are drawn from all training images of the class, a
+           from [0, 1] (ours). With one shot they are two crops of the same image
+    P, Q   (D, D), start as the identity; t starts at 0.07. Trained with v, without weight decay
+    lambda 4; mu is 1 and was not searched (ours)
 
-Which random variable, if the class fixes both prompts? The class: drawn uniformly it makes I(w; h)
-log C as soon as no two classes share a w_c or an h_c, from the start. There is nothing to gain in
-I, only in what an estimator can read of it: log C - L_view <= I(w; h) for any T (to guess the class
-through a softmax costs at least the entropy that is left), and how near it comes says how well each
-prompt tells, through T, which class the other means. So the estimator decides how hard the term
-pulls. A fixed one ties w_c to h_c itself, and goes on asking for more distance between classes. A
-learned one can reach log C by itself (t falls, A and B change), and then its gradient is gone, and
-with it the regularisation. The paper's is learned, so the default is; the README has both. For
-I(w; f~) the bound log C - L_img holds on average over f~ and equally frequent y~; one batch may
-exceed it.
+log C - L_view is a lower bound of the mutual information of a class's two views: the critic sees
+the class only through h, so it cannot name it better than h does (van den Oord et al. 2018). Since
+the class determines both views, that information is log C from the start. What training changes
+is how much of it the critic can read. A fixed critic (--critic cosine) keeps asking for w_c near
+h_c; a learned one reaches the bound by itself, and its pull on v ends.
 
-The update, once for each batch, SGD: to G come weight decay, then momentum (u = 0 at first)
-    u <- 0.9 u + (G + 0.0005 v),  v <- v - r u
-    r = 1e-5 in epoch e = 0; in epochs e = 1, ..., E - 1 it is lr (1 + cos(pi (e - 1) / E)) / 2
-    with lr = 0.002; E = 50 epochs for 1 shot (training image per class), 100 for 2 to 7, 200 for
-    more, and always 50 on ImageNet
-    A batch is 32 of the training images, shuffled anew in every epoch; the last one is not used if
-    it is smaller, unless it is the only one. Of every image ten random crops, flipped or not, are
-    encoded before the training; of the ten one is drawn whenever it is used (--views 0: new ones).
+At test time a trained class uses w_c, a new class the mean of w_c and h_c, normalized (ours): the
+context has not been trained on it.
 
-The test: argmax_c f(x) . w'_c over the classes that are tested (--base-to-new: the learned half,
-then the other half by itself), for images resized as CLIP itself does, without a random crop, with
-    w'_c = w_c for classes that were learned (by name), else (w_c + h_c) / |w_c + h_c|
-The context has learned nothing of other classes, and the template was fitted to none: our decision
-[O]. --classifier soft takes w_c for all classes, mean the other for all. The estimator is not used.
-With --transfer, h_c still is of the template of --dataset.
+Try, on the embedded data set "shapes" (seed 1):
+    python mvp_mi.py --base-to-new --shots 16
+    python mvp_mi.py --mi-weight 0 --image-weight 0 --augment 0 --classifier soft     this is CoOp
 
-Try first:  python mvp_mi.py --base-to-new --shots 16       compare with coop.py's
-            python mvp_mi.py --base-to-new --shots 16 --mi-weight 0 --image-weight 0
-            python mvp_mi.py --mi-weight 0 --image-weight 0 --augment 0 --classifier soft   is CoOp
+Schedule, momentum, weight decay, the incomplete batch that is dropped: as in CoOp. Ours: ten random
+crops of each image are encoded once, and each epoch uses one of them; --views 0 encodes fresh crops
+every epoch.
 """
-
-import common  # first: Ctrl-C while the libraries load ends in one line
 
 import math
 
 import torch
 import torch.nn.functional as F
 
+import common
+
 
 class Prompt(torch.nn.Module):
-    """The learned context v: (M, W), shared by all classes, or (C, M, W), class-specific."""
+    """Soft prompts: class names surrounded by the learned context."""
 
-    def __init__(self, clip, v, position="end", template=None, learned=()):
+    def __init__(self, clip, v, position="end", template=None, trained=()):
         super().__init__()
-        self.clip, self.position = clip, position
-        self.template, self.learned = template, set(learned)
-        self.v = torch.nn.Parameter(v)  # clip is no Module, and stays frozen
+        self.clip = clip                                # a plain object: not in parameters()
+        self.v = torch.nn.Parameter(v)                  # (M, W); class-specific: (C, M, W)
+        self.position = position
+        self.template = template                        # of the hand-crafted view; None: not used
+        self.trained = set(trained)                     # (label, name) of the classes
 
     def forward(self, names):
-        """Class features w (C, D). names: C pairs, embeddings of name_c and of the "." after it."""
-        start, end = common.start_end(self.clip)                        # (1, W) each
-        prompts = []
-        for c, (name, dot) in enumerate(names):                         # (l, W) and (1, W)
-            v = self.v if self.v.ndim == 2 else self.v[c]               # (M, W)
-            half = len(v) // 2
-            prompts.append({
-                "end": [start, v, name, dot, end],
-                "middle": [start, v[:half], name, v[half:], dot, end],
-                "front": [start, name, v, dot, end],
-            }[self.position])
-        return common.encode_text(self.clip, prompts)
+        """Return the class features w, unit-norm, (C, D).
 
-    def class_features(self, classnames):
-        """w'_c (C, D), for the test: of any classes, or of v's if class-specific."""
-        w = self(common.name_embeddings(self.clip, classnames))
+        names  one pair per class: embeddings of its name, (l, W), and of ".", (1, W)"""
+        start, end = common.start_end(self.clip)        # (1, W) each
+        if self.position == "end" and self.v.ndim == 2:
+            return common.encode_text(self.clip, [start, self.v], [[*pair, end] for pair in names])
+        prompts = []
+        for c, (name, dot) in enumerate(names):
+            v = self.v if self.v.ndim == 2 else self.v[c]
+            half = {"end": len(v), "middle": len(v) // 2, "front": 0}[self.position]
+            prompts.append([v[:half], name, v[half:], dot, end])
+        return common.encode_text(self.clip, [start], prompts)
+
+    def class_features(self, part):
+        """Return the class features of the classes of a test, (C, D): w_c, or its mean with h_c."""
+        w = self(common.name_embeddings(self.clip, part.classnames))
         if self.template is None:
             return w
-        h = common.template_features(self.clip, self.template, classnames)
-        known = torch.tensor([name in self.learned for name in classnames], device=w.device)
-        return torch.where(known[:, None], w, F.normalize(w + h, dim=-1))
+        h = common.template_features(self.clip, self.template, part.classnames)
+        trained = torch.tensor([pair in self.trained for pair in part.classes], device=w.device)
+        return torch.where(trained[:, None], w, F.normalize(w + h, dim=-1))
 
 
-def first_context(run, args):
-    """Where v starts: noise, or the embeddings of words; M is then the number of their tokens."""
-    copies = [len(run.classnames)] if args.class_specific else []
-    if args.ctx_init:
-        return common.embed(run.clip, args.ctx_init).repeat(*copies, 1, 1)
+def initial_context(run):
+    """Return the context before training: the words of --ctx-init, or Gaussian noise."""
+    copies = [len(run.classes)] if run.args.class_specific else []
+    if run.args.ctx_init:
+        if "n_ctx" in run.args.typed:
+            raise common.Problem("--n-ctx beside --ctx-init: M is the number of the words' tokens")
+        return common.embed(run.clip, run.args.ctx_init).repeat(*copies, 1, 1)
     width = run.clip.text.token_embedding.embedding_dim
-    return 0.02 * torch.randn(*copies, args.n_ctx, width, device=run.clip.device)
+    v = 0.02 * torch.randn(*copies, run.args.n_ctx, width)  # on the CPU: alike on every device
+    return v.to(run.clip.device)
 
 
 class Critic(torch.nn.Module):
-    """The estimator T(w, b) = cos(A w, B b) / t of how well two features belong together."""
+    """T(w, b) = cos(P w, Q b) / t: how well two features belong together."""
 
     def __init__(self, dim, t):
         super().__init__()
-        self.A, self.B = torch.nn.Parameter(torch.eye(dim)), torch.nn.Parameter(torch.eye(dim))
+        self.P, self.Q = torch.nn.Parameter(torch.eye(dim)), torch.nn.Parameter(torch.eye(dim))
         self.log_t = torch.nn.Parameter(torch.tensor(t).log())
 
     def forward(self, w, b):
-        """T of all pairs of w (n, D) and b (m, D): (n, m)."""
-        w, b = F.normalize(w @ self.A.T, dim=-1), F.normalize(b @ self.B.T, dim=-1)
+        """Return T of all pairs of w (n, D) and b (m, D), (n, m)."""
+        w, b = F.normalize(w @ self.P.T, dim=-1), F.normalize(b @ self.Q.T, dim=-1)
         return w @ b.T / self.log_t.exp()
 
 
-def info_nce(T):
-    """L_view of T (C, C), both ways (van den Oord et al. 2018, equation 4)."""
-    own = torch.arange(len(T), device=T.device)
-    return (F.cross_entropy(T, own) + F.cross_entropy(T.T, own)) / 2
+def info_nce(scores):
+    """Return L_view of the critic's scores of all pairs of classes, (C, C)."""
+    own = torch.arange(len(scores), device=scores.device)
+    return (F.cross_entropy(scores, own) + F.cross_entropy(scores.T, own)) / 2
 
 
-def mixup(features, labels, y, k, rng):
-    """f~ (m, D) and y~ (m,), k for every class in y, of the training features (N, V, D)."""
-    y_mix = y.unique().repeat_interleave(k)                             # (m,)
-    same = (labels == y_mix[:, None]).float().cpu()                     # (m, N)
-    rows = torch.multinomial(same, 2, replacement=True, generator=rng)  # (m, 2), of that class
+def mixup(features, labels, y, count, rng):
+    """Return z (m, D) and its labels (m,): `count` mixtures for every class in the labels y.
+
+    features, labels  of all training images, (N, V, D) and (N,)"""
+    y, labels, device = y.cpu(), labels.cpu(), features.device              # draw on the CPU
+    y_mix = y.unique().repeat_interleave(count)                             # (m,)
+    same = (labels == y_mix[:, None]).float()                               # (m, N)
+    rows = torch.multinomial(same, 2, replacement=True, generator=rng)      # (m, 2), of that class
     views = torch.randint(features.shape[1], rows.shape, generator=rng)
-    a = torch.rand(len(rows), 1, generator=rng).to(features.device)
-    f_i, f_j = features[rows, views].unbind(1)                          # (m, D) each
-    return F.normalize(a * f_i + (1 - a) * f_j, dim=-1), y_mix
+    a = torch.rand(len(rows), 1, generator=rng).to(device)
+    f_i, f_j = features[rows.to(device), views.to(device)].unbind(1)        # (m, D) each
+    return F.normalize(a * f_i + (1 - a) * f_j, dim=-1), y_mix.to(device)
 
 
-def train(prompt, run, args):
-    """Learns the prompt in place."""
-    clip = run.clip
+def train(prompt, run):
+    """Train the prompt in place."""
+    clip, args = run.clip, run.args
     names = common.name_embeddings(clip, run.classnames)
     optimizer = torch.optim.SGD(prompt.parameters(), args.lr, momentum=0.9, weight_decay=5e-4)
-    h = common.template_features(clip, run.data.template, run.classnames)   # (C, D)
+    h = common.template_features(clip, run.data.template, run.classnames)       # (C, D)
     critic = Critic(h.shape[1], args.mi_temperature).to(clip.device)
-    if args.critic == "learned":
+    if args.critic == "learned":                        # else nobody updates it
         optimizer.add_param_group({"params": critic.parameters(), "weight_decay": 0})
     rng = torch.Generator().manual_seed(run.seed)
-    epochs = args.epochs or common.default_epochs(run)
+    epochs = args.epochs or common.default_epochs(run)  # 50 for 1 shot, 100 for 2 to 7, else 200
     for epoch in common.progress(range(epochs), desc="training", unit="epoch"):
+        # One epoch of warm-up at 1e-5, then half a cosine from lr to almost 0.
+        decay = (1 + math.cos(math.pi * (epoch - 1) / epochs)) / 2
+        lr = 1e-5 if epoch == 0 else args.lr * decay
         for group in optimizer.param_groups:
-            group["lr"] = common.learning_rate(epoch, epochs, args.lr)
-        for f, y in run.batches(epoch):                                 # (B, D), (B)
-            with clip.autocast():                                       # on a GPU: bf16 or fp16
-                w = prompt(names)                                       # (C, D)
+            group["lr"] = lr
+        # Shuffled mini-batches (32 images by default); an incomplete last one is dropped unless it
+        # is the only one. Each image appears as one of its ten random crops.
+        for f, y in run.batches(epoch):                 # (B, D), (B,)
+            with clip.autocast():                       # the text encoder in bf16 on a GPU
+                w = prompt(names)                       # (C, D)
             l_view, l_img = info_nce(critic(w, h)), 0
             bounds = {"bound": math.log(len(w)) - l_view}
             if args.augment:
-                f_mix, y_mix = mixup(run.features, run.labels, y, args.augment, rng)
-                l_img = F.cross_entropy(critic(w, f_mix).T, y_mix)
-                f, y = torch.cat([f, f_mix]), torch.cat([y, y_mix])     # (B + m, D), (B + m,)
+                z, y_z = mixup(run.features, run.labels, y, args.augment, rng)  # (m, D), (m,)
+                l_img = F.cross_entropy(critic(w, z).T, y_z)
+                f, y = torch.cat([f, z]), torch.cat([y, y_z])                   # (B + m, ...)
                 bounds["image_bound"] = math.log(len(w)) - l_img
-            logits = clip.logit_scale * f @ w.T                         # (B + m, C)
+            logits = clip.logit_scale * f @ w.T         # (B + m, C)
             loss = F.cross_entropy(logits, y) + args.mi_weight * l_view + args.image_weight * l_img
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            run.log(epoch, loss=loss, **bounds)
+            run.log(epoch, loss=loss, lr=lr, **bounds)
 
 
-def main():
+def flags():
+    """Return the parser of this script's flags."""
     parser = common.flags(__doc__, lr=0.002, batch_size=32, n_ctx=16)
     parser.add_argument("--ctx-init", type=common.words, default="", metavar="WORDS",
-                        help="start from these words instead")
+                        help="start from these words instead of noise")
     parser.add_argument("--class-specific", action="store_true",
-                        help="learn one context per class instead of one for all")
+                        help="learn one context per class; it cannot be used with new classes")
     parser.add_argument("--position", choices=["end", "middle", "front"], default="end",
-                        help="where the class name stands (end)")
+                        help="of the class name in the prompt (end)")
     weight = common.number(low_ok=True)
     parser.add_argument("--mi-weight", type=weight, default=4.0, metavar="LAMBDA",
                         help="of the mutual information of the two views (4)")
     parser.add_argument("--image-weight", type=weight, default=1.0, metavar="MU",
                         help="of the mutual information of mixed images and the learned view (1)")
     parser.add_argument("--mi-temperature", type=common.number(), default=0.07, metavar="T",
-                        help="of the estimator, at the start (0.07)")
+                        help="of the critic, at the start (0.07)")
     parser.add_argument("--critic", choices=["learned", "cosine"], default="learned",
-                        help="an estimator that is learned, or one that stays (learned)")
+                        help="a learned critic, or one that stays at its start (learned)")
     parser.add_argument("--augment", type=common.number(int, 0, low_ok=True), default=2,
                         metavar="K", help="mixed features per class and batch (2)")
     parser.add_argument("--classifier", choices=["seen", "soft", "mean"], default="seen",
-                        help="the learned view (soft), the mean of both views, or the learned one "
-                             "for classes that were learned, else the mean (seen)")
-    args = common.parse(parser)
-    for run in common.runs(__file__, args):
-        prompt = Prompt(run.clip, first_context(run, args), args.position,
-                        None if args.classifier == "soft" else run.data.template,
-                        run.classnames if args.classifier == "seen" else ())
-        if args.load:
-            run.load(prompt)
-        else:
-            train(prompt, run, args)
-        run.finish(prompt, log_C=math.log(len(run.classnames)))
-        print("  nearest words:", common.nearest_words(run.clip, prompt.v))
+                        help="w (soft), mean of w and h (mean), or w for trained classes and the "
+                             "mean for new ones (seen)")
+    return parser
+
+
+def main():
+    for run in common.runs(__file__, flags()):          # for each data set, number of shots, seed
+        with run.errors:                                # one that fails does not end the others
+            template = None if run.args.classifier == "soft" else run.template
+            trained = run.classes if run.args.classifier == "seen" else ()
+            prompt = Prompt(run.clip, initial_context(run), run.args.position, template, trained)
+            run.start(prompt)                           # encode all images; fill it from --load
+            if not run.args.load:
+                train(prompt, run)
+            # Predict argmax_c f(x) . w_c for the test images, record, print.
+            run.finish(prompt, log_C=math.log(len(run.classes)))
 
 
 if __name__ == "__main__":

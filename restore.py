@@ -1,87 +1,67 @@
-"""RESTORE: learn prompts in both towers, and keep the two towers' features moving together.
+"""RESTORE: prompts in both encoders, whose features are kept moving together.
 
-Yang et al., "RESTORE: Towards Feature Shift for Vision-Language Prompt Learning", arXiv 2403.06136.
+Yang et al.: "RESTORE: Towards Feature Shift for Vision-Language Prompt Learning", arXiv 2403.06136.
 
-Prompts learned in one tower, or in both apart from each other, move the towers' features apart, and
-what CLIP's pre-training aligned is lost: new classes suffer. RESTORE measures that movement, the
-feature shift, and holds it near to equal in both towers. CLIP itself stays frozen.
+Prompts inserted in one encoder, or independently in both, move its features away from the other's,
+and the alignment of CLIP's pre-training is lost: new classes suffer. RESTORE measures the movement,
+the feature shift, in every block and keeps it nearly equal in both encoders. CLIP is frozen.
 
-The towers, with n prompt tokens put into each of their first K blocks: l = 1, ..., K
-    X_0 = [start, "a photo of a", name_c, ".", end] + positions                 Prompt.encode_text
-    X_l = text block l of [first token of X_(l-1), P_l, X_(l-1) after its first 1 + n tokens]
-    Y_0 = [class token, patches of the image] + positions                       Prompt.encode_image
-    Y_l = vision block l of [Y_(l-1) less its prompt tokens, Q_l]
-    (l = 1: of the layer norm of that, CLIP's ln_pre). Blocks after K run as they are, on all of the
-    tokens, the last prompts' states too.
-    t_c and i(x) are CLIP's last layer norm and projection of X's end token and of Y's class token
-    after the last block: both of D numbers and not yet of length 1
+The encoders; n prompt tokens enter each of the first K blocks, l = 1 ... K (paper):
+    X_0 = [start] "a photo of a" [name of c] "." [end] + positions
+    X_l = text block l of X_(l-1), its tokens 1 ... n replaced by P_l
+    Y_0 = [class token, patches] + positions
+    Y_l = image block l of Y_(l-1) without the prompt tokens of block l-1, and Q_l behind it
+          (l = 1: of the layer norm of that, CLIP's ln_pre)
+    Later blocks run as they are, on the last prompts' states, too.
+    t_c, i(x) = text feature at the end token, image feature at the class token, not normalized
 
-The loss; on the right, the function that computes it
-    shift_l = mean of |h_l - h_l^0| / |h_l^0|               feature shift         feature_shift
-    L_fs    = mean_l (shift_l^vision - shift_l^text)^2      consistency           consistency
-    A(z)    = z + down(QuickGELU(up(LN(z))))                surgery block         Surgery
-    w_c     = b A(t_c) + (1 - b) t_c, then length 1         one A, b per tower    Prompt.operate
-    f(x)    = b A(i(x)) + (1 - b) i(x), then length 1       another A and b       Prompt.operate
-    p(c|x)  = softmax_c(tau f(x) . w_c)                     CLIP's classifier     train
-    L       = -log p(y|x), mean over a batch, + gamma L_fs                        train
-    G       = dL/dv of every learned number v               its gradient          train
+The loss:
+    shift_l = mean of |s_l - s_l^0| / |s_l^0|                feature shift of block l, 1 ... all
+    L_fs    = mean_l (shift_l^image - shift_l^text)^2        consistency: magnitude, not direction
+    A(z)    = z + down(QuickGELU(up(LN(z))))                 surgery block, one per encoder
+    w_c     = b_t A(t_c) + (1 - b_t) t_c, normalized         class feature
+    f(x)    = b_i A(i(x)) + (1 - b_i) i(x), normalized       image feature
+    L       = mean over the batch of -log softmax_c(tau * f(x) . w_c)_y + gamma L_fs
 
-    x, y     an image and its label, one of the C classes that are learned
-    P_l, Q_l the prompts, learned: n = 2 vectors for each of K = 9 blocks (or as many as both
-             towers have), as wide as the text (vision) tower's states; P_1 starts as the first n
-             tokens of "a photo of a", all others as noise, N(0, 0.02^2). Only P_1 gets positions,
-             those of the tokens whose place it takes. The others of "a photo of a" stay as they are
-    A        learned, by -log p alone, since L_fs is of states before it: a layer norm and two
-             linear maps with biases, up (D to 4 D) and down, which starts as zeros, so that
-             A(z) = z (the rest as PyTorch does); QuickGELU(h) = h sigmoid(1.702 h)
-    b        a number, not learned, 0.1 at the start; 0 leaves the surgery out (--blend). Since
-             b A(z) + (1 - b) z = z + b down(...), it scales what A adds
-    h_l      a token's state after block l, of all blocks: the end token's (the mean is over the C
-             classes) or the class token's (over the batch); h_l^0 the same, of the same crop, in
-             CLIP as it is, without P and Q but with all of "a photo of a". Towers of different
-             depth are paired at their last blocks
-    tau      CLIP's logit scale, not its logarithm: 100 in OpenAI's models
-    gamma    10, the weight of the consistency (--shift-weight)
+    P, Q    prompts: n = 2 vectors per block, K = 9, as wide as the encoder's states. P_1 starts as
+            the first n words, and gets their positions; the rest as noise, std 0.02 (authors' code)
+    s_l     state after block l of the end token (mean over the C classes) or of the class token
+            (mean over the batch); s_l^0 without prompts. Of encoders of different depth, the last
+            blocks are paired
+    b       blend of the surgery, 0.1, not trained. Once, after epoch E // 3, it grows with the
+            shift (authors' code; the paper gives no reason for 0.02, 0.005 and the moment)
+    A       `down` starts at zero (ours), so A(z) = z, and at the first step only `down` learns
+    tau     CLIP's learned inverse temperature (100 in OpenAI's models), not its logarithm
+    gamma   10 (ours)
 
-L_fs would let both shifts grow, as long as they grow alike. For that case there is the surgery: it
-corrects the features that come out of a tower, and more so when the tower has moved further: at the
-end of epoch E // 3 (the fourth of ten), and only then, b grows by 0.02 (text) or 0.005 (vision)
-times that tower's shift, a mean over its blocks and the epoch's batches. Moment and numbers are the
-authors' code's, without a reason.
+L_fs alone would let both shifts grow, as long as they grow alike. The surgery corrects the features
+of an encoder that has moved far.
 
-The update, once for each batch, SGD: to G come weight decay, then momentum (u = 0 at first)
-    u <- 0.9 u + (G + 0.0005 v),  v <- v - r u
-    r = 1e-5 in epoch e = 0; in epochs e = 1, ..., E - 1 it is lr (1 + cos(pi (e - 1) / E)) / 2
-    with E = 10 epochs and lr = 0.0035 (0.0005 on the repository's own small data sets)
-    A batch is 4 of the training images, shuffled anew in every epoch; the last one is not used if
-    it is smaller, unless it is the only one. Of every image ten random crops, flipped or not, are
-    its views; of the ten one is drawn whenever it is used (--views 0: new ones). The texts of all C
-    classes are in every batch.
+Try, on the embedded data set "shapes" (seed 1):
+    python restore.py --base-to-new
+    python restore.py --shift-weight 0 --blend 0     independent prompts in both encoders (IVLP)
 
-The test: argmax_c f(x) . w_c over the classes that are tested (--base-to-new: the learned half,
-then the other half by itself), for images resized as CLIP itself does, without a random crop.
-
-The authors' released code differs from their paper: class Released, below.
-
-Try first:  python restore.py --base-to-new                 compare its new classes with coop.py's
-            python restore.py --shift-weight 0 --blend 0    independent prompts, nothing else (IVLP)
-            python restore.py --towers text --shift-weight 0 --blend 0              one tower alone
+The released code differs from the paper: class Released, below. SGD, schedule and the incomplete
+batch are CoOp's; 10 epochs, batches of 4 and lr 0.0035 the authors' (embedded data: 0.0005, ours).
+Ours: ten random crops of each image, of which each epoch uses one; --views 0: fresh crops.
 """
 
-import common  # first: Ctrl-C while the libraries load ends in one line
+import math
 
 import torch
 import torch.nn.functional as F
 
+import common
+
 
 class Surgery(torch.nn.Module):
-    """A(z) = z + down(QuickGELU(up(LN(z)))) of features z (N, D)."""
+    """A(z) = z + down(QuickGELU(up(LN(z)))) of features z, (N, D)."""
 
     def __init__(self, dim):
         super().__init__()
         self.norm = torch.nn.LayerNorm(dim)
         self.up, self.down = torch.nn.Linear(dim, 4 * dim), torch.nn.Linear(4 * dim, dim)
-        torch.nn.init.zeros_(self.down.weight)      # so that A(z) = z at the start
+        torch.nn.init.zeros_(self.down.weight)
         torch.nn.init.zeros_(self.down.bias)
 
     def forward(self, z):
@@ -90,268 +70,280 @@ class Surgery(torch.nn.Module):
 
 
 class Prompt(torch.nn.Module):
-    """The learned prompts P and Q, and the surgery blocks of both towers with their blends b."""
+    """The prompts P and Q, and the surgery blocks with their blends."""
 
     def __init__(self, clip, args):
         super().__init__()
-        self.clip = clip    # no Module, so that none of its weights is learned
+        self.clip = clip                                # a plain object: not in parameters()
+        check(clip, args)
+        blocks = min(len(text_blocks(clip)), len(image_blocks(clip)))
+        depth, n = min(args.depth, blocks), args.n_ctx
         self.words = common.embed(clip, args.ctx_init)                      # (words, W_t)
-        n, width_t, width_v = args.n_ctx, self.words.shape[1], clip.model.visual.conv1.out_channels
-        noise = lambda width: 0.02 * torch.randn(n, width, device=clip.device)
-        text = [self.words[:n].clone()] + [noise(width_t) for _ in range(args.depth - 1)]
-        visual = [noise(width_v) for _ in range(args.depth)]
-        self.text_prompts = torch.nn.ParameterList(text if args.towers != "vision" else [])
-        self.visual_prompts = torch.nn.ParameterList(visual if args.towers != "text" else [])
-        b = torch.tensor(args.blend).expand(2).clone()                      # (text, vision)
-        self.register_buffer("blend", b)
+        width_t, width_i = self.words.shape[1], clip.model.visual.conv1.out_channels
+        text = [self.words[:n].cpu()] + [0.02 * torch.randn(n, width_t) for _ in range(depth - 1)]
+        image = [0.02 * torch.randn(n, width_i) for _ in range(depth)]
+        text, image = (text if args.towers != "vision" else [],
+                       image if args.towers != "text" else [])
+        self.text_prompts = torch.nn.ParameterList(text)
+        self.image_prompts = torch.nn.ParameterList(image)
+        self.register_buffer("blend", torch.tensor(args.blend).expand(2).clone())   # (text, image)
         dim = clip.model.visual.output_dim
-        self.text_surgery = Surgery(dim) if b[0] else None
-        self.visual_surgery = Surgery(dim) if b[1] else None
+        # An encoder without prompts does not move, and has no surgery (ours).
+        self.text_surgery = Surgery(dim) if self.blend[0] and text else None
+        self.image_surgery = Surgery(dim) if self.blend[1] and image else None
         self.to(clip.device)
 
     def text(self):
-        """P: K of (n, W_t)."""
+        """Return P, K tensors (n, W_t)."""
         return list(self.text_prompts)
 
-    def visual(self):
-        """Q: K of (n, W_v)."""
-        return list(self.visual_prompts)
+    def image(self):
+        """Return Q, K tensors (n, W_i)."""
+        return list(self.image_prompts)
 
     def encode_text(self, names, prompts):
-        """t_c (C, D) and the end token's state after every block (C, blocks, W_t)."""
+        """Return t_c, (C, D), and the end token's state after every block, (C, blocks, W_t)."""
         text, (start, end) = self.clip.text, common.start_end(self.clip)
 
-        def encode(rows):
-            x, last = common.pad(rows)                                      # (C, L, W_t), (C,)
-            each, length, states = torch.arange(len(x)), x.shape[1], []
+        def encode(some):
+            x, last = common.pad(some)                                      # (c, L, W_t), (c,)
+            each, states = torch.arange(len(x), device=x.device), []
+            length = x.shape[1]
             position = text.positional_embedding[:length]
             x = x + position
-            for l, block in enumerate(text.transformer.resblocks):          # l from 0: P_(l+1)
-                if l < len(prompts):
-                    p = prompts[l] if l else prompts[l] + position[1:1 + len(prompts[l])]
-                    p = p.expand(len(x), -1, -1).to(x.dtype)                # (C, n, W_t)
+            for k, block in enumerate(text_blocks(self.clip)):             # block k + 1: P_(k+1)
+                if k < len(prompts):
+                    p = prompts[k] if k else prompts[k] + position[1:1 + len(prompts[k])]
+                    p = p.expand(len(x), -1, -1).to(x.dtype)                # (c, n, W_t)
                     x = torch.cat([x[:, :1], p, x[:, 1 + p.shape[1]:]], 1)
                 x = block(x, attn_mask=text.attn_mask[:length, :length])
-                states.append(x[each, last])                                # (C, W_t)
+                states.append(x[each, last])                                # (c, W_t)
             return common.text_feature(text, states[-1]), torch.stack(states, 1)
 
         rows = [[start, self.words, name, dot, end] for name, dot in names]
-        common.check_length(self.clip, rows)
+        common.check_length(self.clip, max(sum(map(len, parts)) for parts in rows))
         return common.in_chunks(self.clip, encode, rows)
 
     def encode_image(self, pixels, prompts):
-        """i(x) (B, D) and the class token's state after every block (B, blocks, W_v).
-
-        pixels (B, 3, H, W)."""
-        tower, states = self.clip.model.visual, []
-        x = tower.conv1(pixels).flatten(2).transpose(1, 2)                  # (B, patches, W_v)
-        first = tower.class_embedding.expand(len(x), 1, -1).to(x.dtype)
-        x = torch.cat([first, x], 1) + tower.positional_embedding
-        own = x.shape[1]                                                    # the first 1 + patches
-        for l, block in enumerate(tower.transformer.resblocks):
-            if l < len(prompts):
-                q = prompts[l].expand(len(x), -1, -1).to(x.dtype)           # (B, n, W_v)
+        """Return i(x), (B, D), and the class token's state after every block, (B, blocks, W_i)."""
+        visual, states = self.clip.model.visual, []
+        x = visual.conv1(pixels).flatten(2).transpose(1, 2)                 # (B, patches, W_i)
+        first = visual.class_embedding.expand(len(x), 1, -1).to(x.dtype)
+        x = torch.cat([first, x], 1) + visual.positional_embedding
+        own = x.shape[1]                                                    # 1 + patches
+        for k, block in enumerate(image_blocks(self.clip)):
+            if k < len(prompts):
+                q = prompts[k].expand(len(x), -1, -1).to(x.dtype)           # (B, n, W_i)
                 x = torch.cat([x[:, :own], q], 1)
-            x = block(x if l else tower.ln_pre(x))
-            states.append(x[:, 0])                                          # (B, W_v)
-        return tower.ln_post(states[-1]) @ tower.proj, torch.stack(states, 1)
+            x = block(x if k else visual.ln_pre(x))
+            states.append(x[:, 0])                                          # (B, W_i)
+        return visual.ln_post(states[-1]) @ visual.proj, torch.stack(states, 1)
 
-    def operate(self, z, surgery, b):
-        """b A(z) + (1 - b) z, of length 1. z (N, D)."""
-        z = b * surgery(z) + (1 - b) * z if surgery else z
+    def operate(self, z, surgery, blend):
+        """Return b A(z) + (1 - b) z, normalized, of features z, (N, D)."""
+        z = blend * surgery(z) + (1 - blend) * z if surgery else z
         return F.normalize(z.float(), dim=-1)
 
     def operate_text(self, t):
         return self.operate(t, self.text_surgery, self.blend[0])
 
     def operate_image(self, i):
-        return self.operate(i, self.visual_surgery, self.blend[1])
+        return self.operate(i, self.image_surgery, self.blend[1])
 
-    def class_features(self, classnames):
-        """w_c of any classes, for the test: (C, D)."""
-        names = common.name_embeddings(self.clip, classnames)
+    def class_features(self, part):
+        """Return the class features w_c of the classes of a test, (C, D)."""
+        names = common.name_embeddings(self.clip, part.classnames)
         return self.operate_text(self.encode_text(names, self.text())[0])
 
     def image_features(self, pixels):
-        """f(x), for the test: (B, D)."""
-        return self.operate_image(self.encode_image(pixels, self.visual())[0])
+        """Return the image features f(x) of test images, (B, D)."""
+        return self.operate_image(self.encode_image(pixels, self.image())[0])
 
-    def consistency(self, shift_t, shift_v):
-        """L_fs of the shifts of both towers, (blocks_t,) and (blocks_v,)."""
-        m = min(len(shift_t), len(shift_v))
-        return (shift_v[-m:] - shift_t[-m:]).square().mean()
+    def consistency(self, shift_t, shift_i):
+        """Return L_fs of the shifts of both encoders, (blocks_t,) and (blocks_i,)."""
+        m = min(len(shift_t), len(shift_i))
+        return (shift_i[-m:] - shift_t[-m:]).square().mean()
 
     @torch.no_grad()
-    def raise_blends(self, shift_t, shift_v):
-        """b grows by 0.02 (text) or 0.005 (vision) times the mean over the shift's (blocks,)."""
-        self.blend += torch.stack([0.02 * shift_t.mean(), 0.005 * shift_v.mean()]).to(self.blend)
+    def raise_blends(self, shift_t, shift_i):
+        """Let the blends grow by 0.02 (text) and 0.005 (image) times the mean shift."""
+        self.blend += torch.stack([0.02 * shift_t.mean(), 0.005 * shift_i.mean()]).to(self.blend)
 
 
-def feature_shift(states, frozen):
-    """shift_l for all l, from (N, blocks, W) with prompts and without: (blocks,)."""
-    change = (states.float() - frozen.float()).norm(dim=-1)                 # (N, blocks)
-    return (change / frozen.float().norm(dim=-1)).mean(0)
+def text_blocks(clip):
+    return clip.text.transformer.resblocks
 
 
-@torch.no_grad()
-def frozen_states(prompt, run, views=None):
-    """h^0 of the classes (C, blocks, W_t), and of the training images, (N, blocks, W_v), or of
-    augmented `views` of them, (N, V, blocks, W_v)."""
-    clip = run.clip
-    with clip.autocast():
-        text = prompt.encode_text(common.name_embeddings(clip, run.classnames), [])[1]
-    states = lambda pixels: prompt.encode_image(pixels, [])[1].flatten(1)
-    cache = run.args.cache if run.args.views else None      # not kept if used in one epoch only
-    vision = common.encode_images(clip, run.items, cache, views, states, "states of all blocks")
-    return text, vision.unflatten(-1, (len(clip.model.visual.transformer.resblocks), -1))
-
-
-@torch.no_grad()
-def measure(prompt, run):
-    """The paper's diagnostic, on the training images as they are: both towers' shift by block, and
-    the mean gap between them."""
-    clip = run.clip
-    text_0, vision_0 = frozen_states(prompt, run)
-    with clip.autocast():
-        names = common.name_embeddings(clip, run.classnames)
-        text = prompt.encode_text(names, prompt.text())[1]
-    states = lambda pixels: prompt.encode_image(pixels, prompt.visual())[1].flatten(1)
-    vision = common.encode_images(clip, run.items, None, None, states).view_as(vision_0)
-    shift_t, shift_v = feature_shift(text, text_0), feature_shift(vision, vision_0)
-    m = min(len(shift_t), len(shift_v))
-    gap = (shift_v[-m:] - shift_t[-m:]).abs().mean()
-    return {"text": shift_t.tolist(), "vision": shift_v.tolist(), "gap": gap.item()}
-
-
-def train(prompt, run, args):
-    """Learns the prompt in place."""
-    clip = run.clip
-    names = common.name_embeddings(clip, run.classnames)
-    optimizer = torch.optim.SGD(prompt.parameters(), args.lr, momentum=0.9, weight_decay=5e-4)
-    epochs = args.epochs or 10
-    text_0, vision_0 = frozen_states(prompt, run, run.views(0))
-    for epoch in common.progress(range(epochs), desc="training", unit="epoch"):
-        optimizer.param_groups[0]["lr"] = common.learning_rate(epoch, epochs, args.lr)
-        if epoch and not args.views:
-            vision_0 = frozen_states(prompt, run, run.views(epoch))[1]
-        for pixels, y, images, views in run.pixel_batches(epoch):   # (B, 3, H, W), 3 times (B,)
-            with clip.autocast():
-                t, h_t = prompt.encode_text(names, prompt.text())           # (C, D), states
-                i, h_v = prompt.encode_image(pixels, prompt.visual())       # (B, D), states
-                w, f = prompt.operate_text(t), prompt.operate_image(i)
-            logits = clip.logit_scale * f @ w.T                             # (B, C)
-            shift_t = feature_shift(h_t, text_0)                            # (blocks_t,)
-            shift_v = feature_shift(h_v, vision_0[images, views])           # (blocks_v,)
-            l_fs = prompt.consistency(shift_t, shift_v)
-            loss = F.cross_entropy(logits, y) + args.shift_weight * l_fs
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            run.log(epoch, loss=loss, consistency=l_fs, shift_text=shift_t, shift_vision=shift_v)
-        if epoch == epochs // 3:                    # by what was logged: means over this epoch
-            history = run.history()
-            last = (torch.tensor(history[name][-1]) for name in ("shift_text", "shift_vision"))
-            prompt.raise_blends(*last)
-
-
-class Released(Prompt):
-    """What the authors' released code does where it differs from their paper.
-
-    --prompts coupled: visual prompts are made from the text ones, Q_l by a linear layer from P_l.
-    --shift gram: in L_fs the shift is the prompts' Gram norm, |P P^T|_F or |Q Q^T|_F, over what it
-    was at the start, and L_fs a sum over the blocks from the second on; b grows by 0.02 or 0.005
-    times the mean of the Gram norms as they then are. Both together, with --shift-weight 1, are
-    their code, but for where some numbers start (README)."""
-
-    def __init__(self, clip, args):
-        super().__init__(clip, args)
-        self.gram = args.shift == "gram"
-        if args.prompts == "coupled":
-            (n, width_t), (n, width_v) = self.text_prompts[0].shape, self.visual_prompts[0].shape
-            del self.visual_prompts
-            self.projections = torch.nn.ModuleList(
-                torch.nn.Linear(width_t, width_v, device=clip.device) for _ in self.text_prompts)
-        self.gram_at_start = [norms.detach() for norms in self.gram_norms()]
-
-    def visual(self):
-        if hasattr(self, "projections"):
-            return [project(p) for project, p in zip(self.projections, self.text_prompts)]
-        return super().visual()
-
-    def gram_norms(self):
-        """|P_l P_l^T|_F and |Q_l Q_l^T|_F of l = 2, ..., K (or 1, if K = 1): (K - 1,) each."""
-        towers = [prompts[1:] or prompts for prompts in (self.text(), self.visual())]
-        return [torch.stack([(p @ p.T).norm() for p in tower]) for tower in towers]
-
-    def consistency(self, shift_t, shift_v):
-        if not self.gram:
-            return super().consistency(shift_t, shift_v)
-        text, vision = (g / start for g, start in zip(self.gram_norms(), self.gram_at_start))
-        return (text - vision).square().sum()
-
-    def raise_blends(self, shift_t, shift_v):
-        super().raise_blends(*(self.gram_norms() if self.gram else (shift_t, shift_v)))
-
-
-def blends(text):
-    """An argparse type: one blend for both towers, or the text's and the vision's."""
-    both = common.several(common.number(low_ok=True))(text)
-    if len(both) > 2:
-        raise common.Problem(f"--blend {text}: wants one number, or the text's and the vision's")
-    return both if len(both) == 2 else both[0]
+def image_blocks(clip):
+    return clip.model.visual.transformer.resblocks
 
 
 def check(clip, args):
-    """Raises Problem where the prompts do not fit into this CLIP; cuts --depth to its blocks."""
-    tower = clip.model.visual
-    if getattr(tower, "pool_type", None) != "tok" or tower.attn_pool is not None:
+    """Raise Problem where the prompts do not fit into this CLIP."""
+    visual = clip.model.visual
+    if getattr(visual, "pool_type", None) != "tok" or visual.attn_pool is not None:
         raise common.Problem("--backbone: RESTORE's prompts go into a vision transformer that is "
                              "read at its class token (try ViT-B-16)")
     words = len(common.tokenize(clip, args.ctx_init))
     if args.n_ctx > words and args.towers != "vision":
         raise common.Problem(f"--n-ctx {args.n_ctx}: the prompts replace words of --ctx-init, "
                              f"which has {words} tokens")
-    blocks = min(len(t.transformer.resblocks) for t in (clip.text, tower))
-    if args.depth > blocks:
-        print(f"--depth {args.depth}: the towers have {blocks} blocks in common, so {blocks}")
-        args.depth = blocks
 
 
-def main():
+def feature_shift(states, frozen):
+    """Return shift_l of all blocks, (blocks,), from (N, blocks, W) with prompts and without."""
+    change = (states.float() - frozen.float()).norm(dim=-1)                 # (N, blocks)
+    return (change / frozen.float().norm(dim=-1)).mean(0)
+
+
+@torch.no_grad()
+def image_states(prompt, run, prompts, views=None, cache=None):
+    """Return the class token's states of the training images, (N, blocks, W_i), on the CPU.
+
+    Of augmented `views` of them, (N, V, blocks, W_i). On ImageNet that is 6 GB."""
+    def states(pixels):
+        return prompt.encode_image(pixels, prompts)[1].flatten(1)
+
+    with run.clip.autocast():
+        found = common.encode_images(run.clip, run.data, run.items, cache, views, states,
+                                     f"states of all blocks, amp {run.clip.amp}")
+    return found.unflatten(-1, (len(image_blocks(run.clip)), -1))
+
+
+@torch.no_grad()
+def text_states(prompt, run, prompts):
+    """Return the end token's states of the classes, (C, blocks, W_t)."""
+    with run.clip.autocast():
+        return prompt.encode_text(common.name_embeddings(run.clip, run.classnames), prompts)[1]
+
+
+def measure(prompt, run):
+    """Return the shift of both encoders by block, and its mean gap: the paper's diagnostic."""
+    shift_t = feature_shift(text_states(prompt, run, prompt.text()), text_states(prompt, run, []))
+    shift_i = feature_shift(image_states(prompt, run, prompt.image()),
+                            image_states(prompt, run, [], cache=run.args.cache))
+    m = min(len(shift_t), len(shift_i))
+    gap = (shift_i[-m:] - shift_t[-m:].cpu()).abs().mean().item()
+    return {"text": shift_t.tolist(), "vision": shift_i.tolist(), "gap": gap}
+
+
+def train(prompt, run):
+    """Train the prompt in place."""
+    clip, args = run.clip, run.args
+    names = common.name_embeddings(clip, run.classnames)
+    optimizer = torch.optim.SGD(prompt.parameters(), args.lr, momentum=0.9, weight_decay=5e-4)
+    epochs = args.epochs or 10
+    text_0 = text_states(prompt, run, [])                                   # (C, blocks, W_t)
+    views = list(range(args.views)) or [0]
+    image_0 = image_states(prompt, run, [], views, args.cache if args.views else None)
+    for epoch in common.progress(range(epochs), desc="training", unit="epoch"):
+        # One epoch of warm-up at 1e-5, then half a cosine from lr to almost 0.
+        decay = (1 + math.cos(math.pi * (epoch - 1) / epochs)) / 2
+        optimizer.param_groups[0]["lr"] = lr = 1e-5 if epoch == 0 else args.lr * decay
+        if epoch and not args.views:                                        # fresh crops
+            image_0 = image_states(prompt, run, [], [epoch])
+        # Shuffled mini-batches (4 images by default); an incomplete last one is dropped unless it
+        # is the only one. Each image appears as one of its ten random crops.
+        for pixels, y, rows, crops in run.pixel_batches(epoch):     # (B, 3, H, W), (B,) three times
+            with clip.autocast():                                   # bf16 on a GPU
+                t, s_t = prompt.encode_text(names, prompt.text())           # (C, D), states
+                i, s_i = prompt.encode_image(pixels, prompt.image())        # (B, D), states
+                w, f = prompt.operate_text(t), prompt.operate_image(i)
+            logits = clip.logit_scale * f @ w.T                             # (B, C)
+            shift_t = feature_shift(s_t, text_0)                            # (blocks_t,)
+            shift_i = feature_shift(s_i, image_0[rows, crops].to(s_i.device))
+            l_fs = prompt.consistency(shift_t, shift_i)
+            loss = F.cross_entropy(logits, y) + args.shift_weight * l_fs
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            run.log(epoch, loss=loss, lr=lr, consistency=l_fs, shift_text=shift_t,
+                    shift_vision=shift_i)
+        if epoch == epochs // 3 < epochs - 1:           # by the mean shifts of this epoch's steps
+            history = run.history()
+            prompt.raise_blends(torch.tensor(history["shift_text"][-1]),
+                                torch.tensor(history["shift_vision"][-1]))
+
+
+class Released(Prompt):
+    """The authors' released code, where it differs from their paper.
+
+    --prompts coupled: Q_l is a linear layer of P_l. --shift gram: in L_fs and in the growth of the
+    blends the shift is the prompts' Gram norm |P P^T|_F over its value at the start (the blends
+    grow with the norm itself), and L_fs a sum over the blocks from the second on. Both together,
+    with --shift-weight 1, are their code, except for random initial values."""
+
+    def __init__(self, clip, args):
+        super().__init__(clip, args)
+        self.gram = args.shift == "gram"
+        if args.prompts == "coupled":
+            width_t, width_i = self.text_prompts[0].shape[1], self.image_prompts[0].shape[1]
+            del self.image_prompts
+            self.projections = torch.nn.ModuleList(
+                torch.nn.Linear(width_t, width_i, device=clip.device) for _ in self.text_prompts)
+        self.gram_at_start = [norms.detach() for norms in self.gram_norms()]
+
+    def image(self):
+        if hasattr(self, "projections"):
+            return [layer(p) for layer, p in zip(self.projections, self.text_prompts)]
+        return super().image()
+
+    def gram_norms(self):
+        """Return |P_l P_l^T|_F and |Q_l Q_l^T|_F, l = 2 ... K (1 if K = 1), (K - 1,) each."""
+        encoders = [prompts[1:] or prompts for prompts in (self.text(), self.image())]
+        return [torch.stack([(p @ p.T).norm() for p in prompts]) for prompts in encoders]
+
+    def consistency(self, shift_t, shift_i):
+        if not self.gram:
+            return super().consistency(shift_t, shift_i)
+        text, image = (norms / start for norms, start in zip(self.gram_norms(), self.gram_at_start))
+        return (text - image).square().sum()
+
+    def raise_blends(self, shift_t, shift_i):
+        super().raise_blends(*(self.gram_norms() if self.gram else (shift_t, shift_i)))
+
+
+def blends(text):
+    """An argparse type: one blend for both encoders, or the text's and the image's."""
+    both = common.several(common.number(low_ok=True))(text)
+    if len(both) > 2:
+        raise common.Problem(f"--blend {text}: wants one number, or the text's and the image's")
+    return both if len(both) == 2 else both[0]
+
+
+def flags():
+    """Return the parser of this script's flags."""
     parser = common.flags(__doc__, lr=0.0035, batch_size=4, n_ctx=2, embedded_lr=0.0005)
     parser.add_argument("--ctx-init", type=common.words, default="a photo of a", metavar="WORDS",
                         help="stand before the name; --n-ctx of them are learned (a photo of a)")
     parser.add_argument("--depth", type=common.number(int, 1, low_ok=True), default=9, metavar="K",
-                        help="blocks with prompts, from the first (9)")
+                        help="blocks with prompts, from the first, or all there are (9)")
     parser.add_argument("--towers", choices=["both", "text", "vision"], default="both",
-                        help="where prompts are learned (both)")
+                        help="encoders in which prompts are learned (both)")
     parser.add_argument("--prompts", choices=["independent", "coupled"], default="independent",
-                        help="visual prompts of their own, or made from the text's (independent)")
+                        help="image prompts of their own, or made from the text's (independent)")
     parser.add_argument("--shift", choices=["features", "gram"], default="features",
                         help="measured on features, or the released code's stand-in (features)")
     parser.add_argument("--shift-weight", type=common.number(low_ok=True), default=10.0,
                         metavar="GAMMA", help="of the consistency loss; 0: off (10)")
     parser.add_argument("--blend", type=blends, default=0.1, metavar="B[,B]",
-                        help="of the surgery at the start, or text's,vision's; 0: none (0.1)")
-    args = common.parse(parser)
-    released = args.prompts == "coupled" or args.shift == "gram"
-    if released and args.towers != "both":
-        raise common.Problem("--prompts coupled and --shift gram need prompts in both towers, "
-                             f"not --towers {args.towers}")
-    for run in common.runs(__file__, args, features=False, check=check):
-        prompt = (Released if released else Prompt)(run.clip, args)
-        before = measure(prompt, run) if run.items else {}      # a data set for testing has none
-        if args.load:
-            run.load(prompt)
-        else:
-            train(prompt, run, args)
-        after = measure(prompt, run) if run.items else {}
-        run.finish(prompt, shift_before=before, shift_after=after)
-        for when, shift in (("before", before), ("after", after)):
-            for tower in ("text", "vision") if shift else ():
-                print(f"  shift by block {when:>6}, {tower:<6}",
-                      *(f"{value:6.3f}" for value in shift[tower]),
-                      f"  mean gap {shift['gap']:.3f}" if tower == "text" else "")
+                        help="of the surgery at the start, or text's,image's; 0: none (0.1)")
+    return parser
+
+
+def main():
+    for run in common.runs(__file__, flags()):          # for each data set, number of shots, seed
+        with run.errors:                                # one that fails does not end the others
+            args = run.args
+            released = args.prompts == "coupled" or args.shift == "gram"
+            if released and args.towers != "both":
+                raise common.Problem("--prompts coupled and --shift gram need --towers both")
+            prompt = Released(run.clip, args) if released else Prompt(run.clip, args)
+            run.start(prompt)                           # encode all images; fill it from --load
+            if not args.load:
+                train(prompt, run)
+            # Predict argmax_c f(x) . w_c for the test images, record, print.
+            run.finish(prompt, **({"shift_after": measure(prompt, run)} if run.items else {}))
 
 
 if __name__ == "__main__":

@@ -1,100 +1,107 @@
-"""Do the flags go together, are the class names fit for prompts, can the pictures be read?"""
+"""Checks before a run: flags that do not go together, class names, saved prompts."""
 
-import sys
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+import argparse
 
-from PIL import Image
-from tqdm import tqdm
+from data.errors import Problem
+from data.results import records
 
-from data.errors import Problem, regular_file
+OF_A_TEST = {"template", "test_images"}     # flags that a saved prompt may be tested with
 
 
-def check_flags(args):
-    """Raises Problem where flags do not go together, or with this machine; else says what comes."""
-    if args.pretrained and args.backbone.startswith("local-dir:"):
+def template(value):
+    """An argparse type: prompts separated by |, each with one {} for the class name."""
+    for prompt in value.split("|"):
+        before, *behind = prompt.split("{}")
+        if len(behind) != 1 or set("{}") & {*before, *behind[0]} or not prompt.strip():
+            raise argparse.ArgumentTypeError(f"{prompt!r} needs one {{}}, where the class name "
+                                             "stands, and no other braces")
+    return value
+
+
+def flags(args):
+    """Raise Problem where flags do not go together, or where a run could not write its results."""
+    if args.pretrained and (args.backbone or "").startswith("local-dir:"):
         raise Problem(f"--pretrained {args.pretrained}: {args.backbone} holds its own weights")
-    if len(set(args.transfer)) < len(args.transfer):
-        raise Problem(f"--transfer {','.join(args.transfer)}: names a data set twice")
-    before, *behind = (args.template or "{}").split("{}")
-    if len(behind) != 1 or set("{}") & {*before, *behind[0]}:
-        raise Problem(f"--template {args.template!r}: needs one {{}}, where the class name stands, "
-                      "and no other braces")
+    if len(set(args.transfer)) < len(args.transfer) or set(args.transfer) & set(args.dataset):
+        raise Problem("--transfer: names a data set twice, or the one that is learned")
     if getattr(args, "class_specific", False) and (args.base_to_new or args.transfer):
         raise Problem("--class-specific has no context for classes that were not learned: "
                       "no --base-to-new, no --transfer")
-    import torch  # here, since python common.py --data does without
+    if args.save and args.load:
+        raise Problem("--save beside --load: the prompt is saved already")
+    runs = [(dataset, shots, seed) for dataset in args.dataset for shots in args.shots
+            for seed in args.seeds]
+    if len(set(runs)) < len(runs):
+        raise Problem("--dataset, --shots or --seeds name something twice")
+    if args.export and (len(runs) > 1 or args.load or not args.views):
+        raise Problem("--export: wants a single run, one that trains, and --views above 0")
+    saved = [records.fill(args.save, shots, seed, dataset) for dataset, shots, seed in runs
+             if args.save]
+    if len(set(saved)) < len(saved) or any(set("{}") & set(file) for file in saved):
+        raise Problem(f"--save {args.save}: several runs need {{dataset}}, {{shots}} or {{seed}} "
+                      "in the name, which are filled in")
+    records.check_output(args.out, "results")
+    for file in saved:
+        records.check_output(file, "prompt")
+    if args.export:
+        records.check_output(args.export, "export")
 
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise Problem("--device cuda: PyTorch sees no CUDA device here; "
-                      "leave the flag out to use the CPU")
-    if sys.stderr and sys.stderr.isatty():
-        print("reading the model and the pictures ...", file=sys.stderr)
+
+def protocol(data, args):
+    """Raise Problem where a data set cannot serve the protocol; print its note."""
+    half, labels = (len(data.classnames) + 1) // 2, {item.label for item in data.test}
+    if args.base_to_new and (len(data.classnames) < 4 or min(labels) >= half or max(labels) < half):
+        raise Problem(f"{data.name}: --base-to-new needs two classes or more in each half")
+    if not data.train and not args.load:
+        raise Problem(f"{data.name} has no training images; it is for --transfer or --load")
+    if data.note:
+        print(f"{data.name}: {data.note}")
 
 
-def check_names(clip, *data_sets):
-    """Prints a line if the text tower has never met words of the class names, as the tiny CLIP.
+def names(clip, args, sets):
+    """Raise Problem where two classes have the same prompt; name words that a CLIP has never met.
 
-    Raises Problem where two classes have the same prompt or one has no name. ImageNet's published
-    names hold two such pairs, so that a published data set is only told of."""
-    met = clip.text.token_embedding.weight.ne(0).any(-1).tolist()  # never met: zeros
-    for data in data_sets:
-        check_names_of(clip, met, data)
-
-
-def check_names_of(clip, met, data):
-    prompts, seen, strange = {}, {}, []
-    for name in data.classnames:
-        words = name.replace("_", " ").split()
-        tokens = tuple(clip.tokenizer.encode(data.template.format(" ".join(words))))
-        if not words:
-            raise Problem(f"{data.name}: there is a class without a name")
-        if tokens in prompts:
-            same = f"{data.name}: the classes {prompts[tokens]!r} and {name!r} have the same prompt"
-            if data.origin != "published split":
-                raise Problem(f"{same}; give each class a name of its own")
-            print(same)
-        prompts[tokens] = name
-        seen.setdefault(tuple(token if met[token] else None for token in tokens), set()).add(name)
-        strange += [word for word in words if not all(met[t] for t in clip.tokenizer.encode(word))]
+    ImageNet's published names hold two such pairs: a published data set is only told of. The tiny
+    CLIP's embeddings of words that it has never met are zeros."""
+    met = clip.text.token_embedding.weight.ne(0).any(-1).tolist()
+    texts = [args.template or "", getattr(args, "ctx_init", "") or ""]
+    for data in sets:
+        prompts = {}
+        for name in data.classnames:
+            text = " ".join(name.replace("_", " ").split())
+            tokens = tuple(clip.tokenizer.encode(text))
+            if tokens in prompts:
+                line = f"{data.name}: classes {prompts[tokens]!r} and {name!r} have the same prompt"
+                if data.own:
+                    raise Problem(f"{line}; give each class a name of its own")
+                print(line)
+            prompts[tokens] = name
+            texts.append(text)
+    words = dict.fromkeys(word for text in texts for word in text.replace("{}", " ").split())
+    strange = [word for word in words if not all(met[t] for t in clip.tokenizer.encode(word))]
     if strange:
-        alike = max(seen.values(), key=len)
-        print(f"{data.name}: this CLIP has never met {listed(dict.fromkeys(strange))}"
-              + f" and cannot tell apart {listed(sorted(alike))}" * (len(alike) > 1)
-              + "; for your own pictures take --backbone ViT-B-16 (a download of 600 MB)")
+        more = f" and {len(strange) - 4} more" * (len(strange) > 4)
+        print(f"this CLIP has never met {', '.join(map(repr, strange[:4]))}{more}; for your own "
+              "images take --backbone ViT-B-16 (a download of 600 MB)")
 
 
-def listed(names):
-    names = list(names)
-    return ", ".join(map(repr, names[:4])) + f" and {len(names) - 4} more" * (len(names) > 4)
+def origin(origin, file, method, clip, args, data):
+    """Raise Problem where a saved prompt cannot be tested as the flags ask for it."""
+    if origin["method"] != method:
+        raise Problem(f"--load {file}: was saved by {origin['method']}, not by {method}")
+    if origin["weights"] != clip.weights:
+        raise Problem(f"--load {file}: was trained with other weights ({origin['backbone']} "
+                      f"{origin['pretrained']})")
+    learned = {tuple(pair) for pair in origin["classes"]}
+    classes = list(enumerate(data.classnames))
+    same = origin["dataset"] == args.dataset
+    if args.base_to_new and same and learned & set(classes[(len(classes) + 1) // 2:]):
+        raise Problem(f"--load {file}: was trained on classes of the new half, too")
+    if getattr(args, "class_specific", False) and learned != set(classes):
+        raise Problem(f"--load {file}: holds contexts of other classes (--class-specific)")
 
 
-def readable(data):
-    """The data set without the pictures that cannot be read, whose number is added to its note.
-
-    Raises Problem where none is left to test on."""
-    parts = {part: getattr(data, part) for part in ("train", "val", "test")}
-    broken = unreadable([item.path for items in parts.values() for item in items])
-    if not broken:
-        return data
-    gone = set(broken)
-    parts = {part: [i for i in items if i.path not in gone] for part, items in parts.items()}
-    if not parts["test"]:
-        raise Problem(f"{data.name}: no picture that can be read is left to test on")
-    note = f"{len(broken)} pictures cannot be read and are left out, first {broken[0]}"
-    return replace(data, **parts, note="; ".join(filter(None, [data.note, note])))
-
-
-def unreadable(paths):
-    """Those of the pictures that Pillow cannot read from beginning to end."""
-    def look(path):
-        try:
-            with Image.open(regular_file(path)) as image:
-                image.draft("RGB", (64, 64))  # a JPEG is read whole, but few of its pixels are made
-                image.load()
-        except Exception:  # Pillow's decoders raise anything
-            return path
-
-    with ThreadPoolExecutor() as pool:
-        looked = tqdm(pool.map(look, paths), "looking at pictures", len(paths), False, disable=None)
-        return [path for path in looked if path]
+def twice(run):
+    """Raise Problem if two files of --load are the same prompt: their mean means nothing."""
+    if run.file:
+        raise Problem(f"--load {run.file}: is the same prompt as another one of this command")

@@ -1,213 +1,198 @@
-"""The embedded data sets: what is drawn, how it gets on disk, how the tiny CLIP came to be."""
+"""The embedded benchmark: images and captions, files, and how the tiny CLIP is made."""
 
 import json
 import random
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import open_clip
 import pytest
+import torch
 from safetensors.torch import load_file
 
-from data import world
-from data.files import CATALOGUE, load_data
+from data.errors import Problem
+from data.world import draw, pretrain, sets
+from data.world.captions import HOW, SYNONYMS, long_caption, short_caption
 
-DATA = Path(world.__file__).parent
-EMBEDDED = [name for name, spec in CATALOGUE.items() if spec["kind"] == "world"]
-SHIFTED = ["shapes_clean", "shapes_sketch", "shapes_noise", "shapes_lowres"]
+ROOT = Path(__file__).resolve().parents[1]
+SHIPPED = sets.HERE / "tiny_clip"
 
 
 @pytest.fixture
-def three_per_class(monkeypatch):
-    monkeypatch.setattr(world, "PER_CLASS", {"train": 1, "val": 1, "test": 1})
+def few(monkeypatch):
+    """Three images a class."""
+    monkeypatch.setattr(sets, "PER_CLASS", {"train": 1, "val": 1, "test": 1})
 
 
-def random_scenes(count):
+# ---------------------------------------------------------------- scenes and captions
+
+@pytest.mark.parametrize("attribute", draw.ATTRIBUTES)
+def test_every_word_of_an_attribute_changes_the_image(attribute):
+    scene = draw.sample_scene(random.Random(0), shape="heart", colour="red", texture="dotted",
+                              size="large", place="center", ground="sand", style="photo")
+    words = draw.ATTRIBUTES[attribute]
+    images = {draw.draw(scene | {attribute: word}, random.Random(1)).tobytes() for word in words}
+    assert len(images) == len(words)
+
+
+@pytest.mark.parametrize("caption", [short_caption, long_caption])
+def test_captions_are_true_of_their_scene_and_tell_what_they_claim(caption):
     rng = random.Random(0)
-    return [(world.scene(rng), rng) for _ in range(count)]
-
-
-# ---------------------------------------------------------------- scenes
-
-def test_a_scene_has_a_word_for_every_attribute_and_keeps_what_is_given():
-    rng = random.Random(0)
-    for _ in range(200):
-        scene = world.scene(rng, shape="moon", colour=["red", "blue"])
-        assert scene["shape"] == "moon"
-        assert scene["colour"] in ("red", "blue")
-        assert all(scene[a] in words for a, words in world.ATTRIBUTES.items())
-
-
-def test_a_caption_says_nothing_untrue():
-    for scene, rng in random_scenes(500):
-        sentence, said = world.caption(scene, rng)
-        assert said.items() <= scene.items()
-        for word in sentence.strip(".").split():
-            known = word != "photo" and any(word in words for words in world.ATTRIBUTES.values())
-            assert not known or word in scene.values(), (sentence, scene)
-
-
-def test_what_a_caption_claims_to_say_is_in_it():
-    for scene, rng in random_scenes(500):
-        sentence, said = world.caption(scene, rng)
+    for _ in range(1000):
+        scene = draw.sample_scene(rng)
+        text, said = caption(scene, rng)
+        assert said.items() <= scene.items() and said.get("style") != "photo"
         for attribute, word in said.items():
-            ways = world.HOW[word] if attribute == "style" else world.SAY.get(word, [word])
-            assert any(way in sentence for way in ways), (sentence, said)
+            ways = HOW[word] + [word] if attribute == "style" else SYNONYMS.get(word, [word])
+            assert any(way in text for way in ways), (text, said)
+        for word in set(text.replace(",", " ").replace("#", " ").rstrip(".").split()) - {"photo"}:
+            known = any(word in words for words in draw.ATTRIBUTES.values())
+            assert not known or word in scene.values(), (text, scene)
 
 
-def test_every_picture_may_be_called_a_photo_so_no_caption_claims_it():
-    assert all(world.caption(scene, rng)[1].get("style") != "photo"
-               for scene, rng in random_scenes(500))
-
-
-@pytest.mark.parametrize("attribute", list(world.ATTRIBUTES))
-def test_every_word_of_an_attribute_changes_the_picture(attribute):
-    scene = world.scene(random.Random(0), shape="heart", colour="red", texture="dotted",
-                        size="large", place="center", ground="sand", style="photo")
-    pictures = [world.draw(scene | {attribute: word}, random.Random(1)).tobytes()
-                for word in world.ATTRIBUTES[attribute]]
-    assert len(set(pictures)) == len(world.ATTRIBUTES[attribute])
+def test_long_captions_have_4_to_about_40_tokens_and_class_names_anywhere():
+    rng, tokenizer = random.Random(0), open_clip.SimpleTokenizer()
+    texts = [long_caption(draw.sample_scene(rng, shape="heart"), rng)[0] for _ in range(3000)]
+    lengths = [len(tokenizer.encode(text)) + 2 for text in texts]  # with start and end
+    assert min(lengths) <= 5 and 35 <= max(lengths) <= 50
+    places = {len(text.split("heart")[0].split()) for text in texts if "heart" in text}
+    assert places >= set(range(1, 21))
 
 
 # ---------------------------------------------------------------- data sets
 
-def test_the_catalogue_has_eleven_data_sets_and_four_shifted_versions_of_shapes():
-    assert len(EMBEDDED) == 15
-    assert set(EMBEDDED) == set(world.CAMERAS) == {*world.CLASSES, *SHIFTED}
+def test_classes_are_sorted_and_10_to_24_in_each_set():
+    assert len(sets.EMBEDDED) == 11 and sets.EMBEDDED[0] == "shapes"
+    assert len(sets.SHIFTED) == 4
+    for name in sets.EMBEDDED + sets.SHIFTED:
+        names = sets.class_names(name)
+        assert names == sorted(names) and 10 <= len(set(names)) == len(names) <= 24
+        assert sets.template(name).count("{}") == 1
 
 
-def test_classes_are_in_an_order_shuffled_by_the_name_of_the_set():
-    for name, classes in world.CLASSES.items():
-        order = list(classes)
-        random.Random(name).shuffle(order)
-        assert world.class_names(name) == order != list(classes)
+def test_shifted_versions_show_the_scenes_of_shapes():
+    for classname in sets.class_names("shapes")[:5]:
+        clean = sets.draw_image("shapes_clean", classname, 0)
+        assert clean == sets.draw_image("shapes", classname, 0, camera=False)
+        assert sets.draw_image("shapes", classname, 0) == draw.tint(clean)
 
 
-def test_shapes_is_the_largest_set():
-    sizes = {name: len(classes) for name, classes in world.CLASSES.items()}
-    assert sizes.pop("shapes") == 24
-    assert 6 <= min(sizes.values()) and max(sizes.values()) < 24
+def test_importing_the_sets_imports_no_torch():
+    code = "import sys, data.world.sets; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 
-@pytest.mark.parametrize("name", SHIFTED)
-def test_a_shifted_version_shows_the_classes_of_shapes(name):
-    assert world.class_names(name) == world.class_names("shapes")
+@pytest.mark.parametrize("name", ["places", "shapes_noise"])
+def test_a_set_is_the_same_whoever_draws_it(name, tmp_path, few):
+    folder = sets.build(tmp_path, name)
+    split = json.loads((folder / f"split_{name}.json").read_text())
+    names = sets.class_names(name)
+    assert all([row[1:] for row in split[part]] == [[k, c] for k, c in enumerate(names)]
+               for part in ("train", "val", "test"))
+    code = ("import sys; from data.world import sets; "
+            "sets.draw_image(*sys.argv[1:3], 2).save(sys.argv[3], compress_level=1)")
+    for file, _, classname in split["test"][::9]:
+        other = tmp_path / "other.png"
+        subprocess.run([sys.executable, "-c", code, name, classname, other], cwd=ROOT, check=True)
+        assert (folder / "images" / file).read_bytes() == other.read_bytes()
 
 
-def test_a_shifted_version_shows_the_scenes_of_shapes():
-    for classname in world.class_names("shapes"):
-        clean = world.picture("shapes_clean", classname, 0)
-        assert clean == world.picture("shapes", classname, 0, camera=False)
-        assert world.picture("shapes_lowres", classname, 0) == world.lower(world.tint(clean), 20)
+def test_a_set_that_is_there_stays_and_one_of_other_code_is_drawn_anew(tmp_path, few):
+    folder = sets.build(tmp_path, "forms")
+    (folder / "mark").touch()
+    assert sets.build(tmp_path, "forms") == folder and (folder / "mark").exists()
+    (folder / sets.STAMP).write_text("other")
+    sets.build(tmp_path, "forms")
+    assert not (folder / "mark").exists() and len(list(folder.rglob("*.png"))) == 36
 
 
-def test_no_two_pictures_of_a_class_are_the_same():
-    classname = world.class_names("shapes")[0]
-    assert len({world.picture("shapes", classname, k).tobytes() for k in range(88)}) == 88
+def test_a_folder_of_somebody_else_is_refused_and_kept(tmp_path):
+    (tmp_path / "forms").mkdir()
+    (tmp_path / "forms" / "thesis.txt").write_text("mine")
+    with pytest.raises(Problem, match="forms: .* holds something else: move it away"):
+        sets.build(tmp_path, "forms")
+    assert (tmp_path / "forms" / "thesis.txt").read_text() == "mine"
 
 
-@pytest.mark.parametrize("name", EMBEDDED)
-def test_every_set_is_drawn_on_first_use(name, tmp_path, three_per_class):
-    data = load_data(name, tmp_path)
-    assert data.classnames == world.class_names(name)
-    for part in (data.train, data.val, data.test):
-        assert [item.classname for item in part] == data.classnames
-        assert all(item.path.is_file() for item in part)
-
-
-@pytest.mark.parametrize("name", ["scenes", "shapes_noise"])
-def test_the_pictures_are_the_same_every_time(name, tmp_path, three_per_class):
-    a, b = (world.build(tmp_path / place, name) for place in ("a", "b"))
-    files = [path.relative_to(a) for path in a.rglob("*.*")]
-    assert len(files) == 3 * len(world.class_names(name)) + 1
-    assert all((a / path).read_bytes() == (b / path).read_bytes() for path in files)
-
-
-def test_a_picture_does_not_depend_on_what_was_drawn_before(tmp_path, three_per_class):
-    file = world.build(tmp_path, "scenes") / "images" / "wood" / "0002.png"
-    fresh = tmp_path / "fresh.png"
-    world.picture("scenes", "wood", 2).save(fresh, compress_level=1)
-    assert file.read_bytes() == fresh.read_bytes()
-
-
-# ---------------------------------------------------------------- whole or not at all
-
-DRAW = """
-import sys
-from data import world
-world.PER_CLASS = {"train": 10, "val": 10, "test": 10}
-world.build(sys.argv[1], "shapes")
-"""
-
-
-def drawing(root):
-    """Another process that draws `shapes` below `root`, and has begun to."""
-    process = subprocess.Popen([sys.executable, "-c", DRAW, root], cwd=DATA.parent)
-    while not any(root.glob(".shapes-*/images/*/*.png")):
-        assert process.poll() is None
-        time.sleep(0.01)
-    return process
-
-
-@pytest.mark.parametrize("signal", ["terminate", "kill"])
-def test_what_an_ended_run_has_half_drawn_is_cleared_away(signal, tmp_path, three_per_class):
-    process = drawing(tmp_path)
-    getattr(process, signal)()
-    process.wait()
-    assert not (tmp_path / "shapes").exists()
-    assert any(tmp_path.glob(".shapes-*"))
-    world.build(tmp_path, "shapes")
-    assert len(list(tmp_path.glob("shapes/images/*/*.png"))) == 3 * 24
-    assert not any(tmp_path.glob(".shapes-*"))
-
-
-def test_what_an_ended_run_of_another_set_has_left_stays(tmp_path, three_per_class):
-    (tmp_path / ".shapes_clean-unfinished").mkdir()
-    world.build(tmp_path, "shapes")
-    assert (tmp_path / ".shapes_clean-unfinished").exists()
-
-
-def test_of_two_that_build_at_once_one_draws_and_the_other_waits(tmp_path, three_per_class):
-    process = drawing(tmp_path)
-    world.build(tmp_path, "shapes")
-    assert len(list(tmp_path.glob("shapes/images/*/*.png"))) == 30 * 24  # the other's pictures
-    assert process.wait() == 0
-
-
-def test_a_set_that_cannot_be_finished_leaves_nothing_behind(tmp_path, monkeypatch):
-    def full(*args):
+def test_a_set_appears_whole_or_not_at_all(tmp_path, few, monkeypatch):
+    def fail(*args):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(world, "picture", full)
-    with pytest.raises(OSError, match="No space"):
-        world.build(tmp_path, "scenes")
-    assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == []
+    (tmp_path / ".forms-left").mkdir()  # by a process that was killed
+    with monkeypatch.context() as patched:
+        patched.setattr(sets, "draw_image", fail)
+        with pytest.raises(OSError, match="No space"):
+            sets.build(tmp_path, "forms")
+    assert [path for path in tmp_path.iterdir() if path.is_dir()] == []
+    assert (sets.build(tmp_path, "forms") / "split_forms.json").is_file()
+
+
+def test_two_processes_that_build_at_once_do_not_disturb_each_other(tmp_path):
+    code = ("import sys; from data.world import sets; "
+            "sets.PER_CLASS = {'train': 2, 'val': 2, 'test': 2}; sets.build(sys.argv[1], 'forms')")
+    processes = [subprocess.Popen([sys.executable, "-c", code, tmp_path], cwd=ROOT)
+                 for _ in range(2)]
+    assert [process.wait() for process in processes] == [0, 0]
+    assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == ["forms"]
+    assert len(list(tmp_path.rglob("*.png"))) == 72
 
 
 # ---------------------------------------------------------------- the tiny CLIP
 
-def test_the_check_admits_what_keeps_the_rules(capsys, monkeypatch):
-    monkeypatch.setattr(world, "PER_CLASS", {"train": 20, "val": 20, "test": 48})
-    monkeypatch.setitem(world.CAMERAS, "scenes", ("none", lambda img, rng: img))
-    world.check(["colours", "scenes"])
-    verdicts = [line.split(maxsplit=4)[-1] for line in capsys.readouterr().out.splitlines()[1:]]
-    assert verdicts == ["admitted", "NOT ADMITTED"]
+def test_shipped_weights_classify_zero_shot_about_as_the_rules_ask(monkeypatch):
+    names = ["colours", "forms", "styles"]
+    monkeypatch.setattr(sets, "SETS", {name: sets.SETS[name] for name in names})
+    monkeypatch.setattr(sets, "PER_CLASS", {"train": 20, "val": 6})
+    rows, std = sets.measure(SHIPPED)
+    assert 0.015 <= std <= 0.025
+    for row in rows.values():  # six images a class leave a few points of noise
+        assert row["no camera"] >= 85 and 45 <= row["camera"] <= 85
+        assert abs(row["confidence"] - row["camera"]) <= 25
+        assert all(abs(row[f"{k} zeros"] - row["camera"]) <= 6 for k in (4, 8, 12, 16))
 
 
-def test_the_sheet_of_all_sets_is_the_same_every_time():
-    assert world.sheet() == world.sheet()
+GOOD = {"no camera": 97, "camera": 65, "confidence": 66, "base": 75, "new": 77, "16 zeros": 65.4}
 
 
-def test_pretraining_writes_a_clip_of_the_same_form(tmp_path):
-    flags = ["--steps", "2", "--pictures", "1", "--out", tmp_path]
-    subprocess.run([sys.executable, DATA / "pretrain.py", *flags], check=True)
+@pytest.mark.parametrize("change, line", [
+    ({}, None), ({"confidence": 71}, "calibration"), ({"16 zeros": 63.9}, "long prompts"),
+    ({"new": 82}, "accuracy"), ({"camera": 49, "confidence": 49, "16 zeros": 49}, "accuracy"),
+    ({"no camera": 89}, "accuracy"), ({"std": 0.03}, "words")])
+def test_the_check_admits_what_keeps_the_rules(change, line, monkeypatch, capsys):
+    row = {**GOOD, **change}
+    std = row.pop("std", 0.02)
+    rows = dict.fromkeys(sets.EMBEDDED, row) | {"shapes_clean": {**GOOD, "camera": 98}}
+    monkeypatch.setattr(sets, "measure", lambda folder: (rows, std))
+    assert sets.check(SHIPPED) == (line is None)
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[-1] == ("NOT ADMITTED" if change else "admitted")
+    refused = [text.split("  ")[0] for text in printed[-5:-1] if "NOT" in text]
+    assert refused == ([line] if line else [])
+
+
+def test_rescaling_gives_words_their_scale_and_changes_no_feature(monkeypatch):
+    monkeypatch.setattr(pretrain, "WORD_STD", 0.06)
+    model = open_clip.create_model(f"local-dir:{SHIPPED}").eval()
+    tokens = open_clip.SimpleTokenizer()(["a photo of a red heart.", "a moon on the left"])
+    with torch.no_grad():
+        before = model.encode_text(tokens, normalize=True)
+        pretrain.rescale_words(model)
+        after = model.encode_text(tokens, normalize=True)
+    words = model.token_embedding.weight
+    assert words[words.any(-1)].std().item() == pytest.approx(0.06)
+    torch.testing.assert_close(after, before, atol=2e-3, rtol=0)  # LayerNorm's epsilon
+
+
+def test_pretraining_runs_from_nothing_to_a_clip_of_the_shipped_form(tmp_path, monkeypatch):
+    flags = ["--steps", "2", "--text-steps", "2", "--images", "1", "--out", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["pretrain.py", *flags])
+    pretrain.main()
     open_clip.create_model_and_transforms(f"local-dir:{tmp_path}", require_pretrained=True)
-    new, shipped = (folder / "open_clip_config.json" for folder in (tmp_path, DATA / "tiny_clip"))
-    assert json.loads(new.read_text()) == json.loads(shipped.read_text())
+    config = "open_clip_config.json"
+    assert (tmp_path / config).read_text() == (SHIPPED / config).read_text()
     new, shipped = (load_file(folder / "open_clip_model.safetensors")
-                    for folder in (tmp_path, DATA / "tiny_clip"))
+                    for folder in (tmp_path, SHIPPED))
     assert {n: v.shape for n, v in new.items()} == {n: v.shape for n, v in shipped.items()}
-    learned, words = (v["token_embedding.weight"].any(-1) for v in (new, shipped))
-    assert learned.equal(words)  # the words of the captions, no others
+    occur, known = (v["token_embedding.weight"].any(-1) for v in (new, shipped))
+    assert occur.equal(known)  # the words of the captions, no others

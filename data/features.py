@@ -1,0 +1,292 @@
+"""Image files to pixels, the cache of image features, and safetensors files that appear whole."""
+
+import functools
+import io
+import os
+import tempfile
+import time
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+from hashlib import blake2b
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch.utils.data import DataLoader
+
+from data.errors import Problem, plain_file
+
+SECONDS = 3     # of work that a killed run loses at most
+
+
+# ---------------------------------------------------------------- pixels
+
+def image_file(path):
+    """Return the path of an image as a Path. Raises Problem if it is missing or no plain file."""
+    try:
+        return plain_file(path)
+    except Problem as problem:
+        raise Problem(f"missing image {problem} (--skip-unreadable leaves it out)") from None
+
+
+def rgb(image, own=False):
+    """Convert a PIL image to 8-bit RGB. Raises ValueError if its values have no known range.
+
+    Pillow itself would clip 16-bit grey and turn floats up to 1 black; they are scaled instead.
+    own  apply the EXIF orientation, and put transparent images on white"""
+    if own:
+        image = ImageOps.exif_transpose(image)
+    if image.mode[0] in "IF":
+        values = np.asarray(image, dtype=np.float64)
+        low, high = values.min(), values.max()
+        top = 65535 if image.mode[0] == "I" else 1 if high <= 1 else 255
+        if not 0 <= low <= high <= top:                     # also where NaN is among them
+            raise ValueError(f"grey values {low:g} to {high:g}; known: 16 bits, floats to 1 or 255")
+        image = Image.fromarray((values * 255 / top).round().astype(np.uint8))
+    elif own and (image.mode[-1] in "Aa" or "transparency" in image.info):
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+def read_image(path, own=False):
+    """Return an image file's content and its RGB image. Raises Problem if it cannot be read."""
+    file = image_file(path)
+    try:
+        content = file.read_bytes()
+        return content, rgb(Image.open(io.BytesIO(content)), own)
+    except UnidentifiedImageError:
+        why = "not in a format that Pillow reads"
+    except Exception as error:                              # Pillow's decoders raise anything
+        why = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    raise Problem(f"cannot read image {path} ({why}): --skip-unreadable leaves it out")
+
+
+def read_rows(rows, transform, own):
+    """Return uint8 (n, 3, H, W) of rows (path, view), or the Problem with one of their images.
+
+    The random numbers of a view come from the file's content and the view's number: a view is the
+    same in every run. A Problem raised in a worker would arrive inside a traceback."""
+    last, pixels = None, []
+    try:
+        for path, view in rows:
+            if path != last:
+                last, (content, image) = path, read_image(path, own)
+            with torch.random.fork_rng(devices=[]):         # seeds the CPU's generator only
+                torch.default_generator.manual_seed(zlib.crc32(b"%d" % view, zlib.crc32(content)))
+                pixels.append(transform(image))
+    except Problem as problem:
+        return problem
+    return torch.stack(pixels).contiguous()                 # PILToTensor's are channels-last
+
+
+def count_workers():
+    """Return this process's share of the cores it may use, at most 16; torchrun starts several."""
+    affinity = getattr(os, "sched_getaffinity", None)       # missing on macOS and Windows
+    cores = len(affinity(0)) if affinity else os.cpu_count() or 1
+    return min(16, max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+
+
+def load_pixels(paths, transform, views, batch_size, device, own=False, workers=None):
+    """Yield uint8 batches (batch_size, 3, H, W) on the device; the last one may be smaller.
+
+    transform  PIL image -> uint8 (3, H, W)
+    views      for each image the numbers of its augmented views, a row each ([0] for a plain image)
+    own        see `rgb`
+    workers    processes that read; by default none on the CPU, `count_workers()` on CUDA
+    Raises Problem at an image that cannot be read."""
+    cuda = str(device).startswith("cuda")
+    workers = count_workers() if cuda and workers is None else workers or 0
+    # Workers send few rows at a time: a container's /dev/shm has 64 MB, and two chunks of each
+    # worker wait there, at most 96 rows, 14 MB at 224 pixels and 58 MB at 448.
+    size = max(1, 96 // (2 * workers)) if workers else batch_size
+    rows = [(path, view) for path, some in zip(paths, views) for view in some]
+    batches = [rows[k:k + batch_size] for k in range(0, len(rows), batch_size)]
+    chunks = [batch[k:k + size] for batch in batches for k in range(0, len(batch), size)]
+    workers = min(workers, len(chunks))
+    read = functools.partial(read_rows, transform=transform, own=own)
+    loader = DataLoader(
+        chunks, batch_size=None, collate_fn=read, num_workers=workers, pin_memory=cuda,
+        multiprocessing_context="fork" if workers and hasattr(os, "fork") else None,
+        generator=torch.Generator())                        # leaves the global generator alone
+    held = []
+    for pixels in loader:
+        if isinstance(pixels, Problem):
+            raise pixels
+        held.append(pixels.to(device, non_blocking=True))
+        if sum(map(len, held)) == batch_size:
+            yield torch.cat(held)
+            held = []
+    if held:
+        yield torch.cat(held)
+
+
+def normalize(pixels, mean, std):
+    """Return float (n, 3, H, W) of uint8 pixels, as ToTensor and Normalize do to the bit.
+
+    mean, std  three numbers each, or a tensor (3,) on the device"""
+    like = {"dtype": torch.float32, "device": pixels.device}
+    top = torch.full((), 255.0, **like)         # CUDA multiplies by the reciprocal of a number
+    mean, std = (torch.as_tensor(values, **like).view(3, 1, 1) for values in (mean, std))
+    return pixels.float().div_(top).sub_(mean).div_(std)
+
+
+# ---------------------------------------------------------------- digests
+
+def digest(value):
+    """Return a hex digest of anything that repr shows whole."""
+    return blake2b(repr(value).encode(), digest_size=16).hexdigest()
+
+
+def tensor_digest(tensors):
+    """Return a hex digest of {name: tensor}: names, dtypes, shapes and bytes, in name order."""
+    whole = blake2b(digest_size=16)
+    for name, tensor in sorted(tensors.items()):
+        tensor = tensor.detach().cpu().contiguous()
+        whole.update(repr((name, tensor.dtype, tuple(tensor.shape))).encode())
+        whole.update(tensor.reshape(-1).view(torch.uint8).numpy())      # NumPy lacks bfloat16
+    return whole.hexdigest()
+
+
+def image_key(visual, *more):
+    """Return a key for everything that image features depend on except the image.
+
+    It covers `more`, and the weights and architecture of the image encoder `visual`: the number of
+    heads, the pooling and the activation are attributes of its modules."""
+    plain, modules = (bool, int, float, str, tuple, type(None)), []
+    for name, module in visual.named_modules():
+        values = {k: v for k, v in vars(module).items() if isinstance(v, plain)}
+        modules.append((name, type(module), values))
+    return digest((more, modules, tensor_digest(visual.state_dict())))
+
+
+def digest_files(paths, folder):
+    """Return a 16-byte digest of each image's content. Raises Problem at a missing image.
+
+    Reading 50,000 images takes minutes, so the digests are kept in `folder` (None: they are not)
+    by the images' resolved paths, sizes and times."""
+    resolve, states = functools.cache(os.path.realpath), []
+    for path in paths:
+        status, (parent, name) = image_file(path).stat(), os.path.split(path)
+        times = status.st_mtime_ns, status.st_ctime_ns
+        states.append((resolve(parent), name, status.st_size, *times))
+
+    def read(path):
+        return blake2b(image_file(path).read_bytes(), digest_size=16).digest()
+
+    with Store(folder, "contents of images", piece=4096) as store, ThreadPoolExecutor(8) as pool:
+        found = {state: bytes(row.numpy()) for state, row in store.find(states).items()}
+        missing = {state: path for state, path in zip(states, paths) if state not in found}
+        for state, content in zip(missing, pool.map(read, missing.values())):
+            found[state] = content
+            store.add([state], torch.tensor([[*content]], dtype=torch.uint8))
+    return [found[state] for state in states]
+
+
+# ---------------------------------------------------------------- files of tensors
+
+class Store:
+    """Rows of tensors, kept below a folder in pieces, so that a killed run goes on.
+
+    A piece is a safetensors file of a few seconds' work, rows (n, ...) and the digests of their n
+    names. It is named by a checksum, appears whole and never changes; any process may add or delete
+    one. Two cold runs at the same moment both compute what they need.
+
+    folder  None: nothing is kept or found
+    key     everything that the rows depend on except their names; anything that repr shows whole
+    piece   write a piece when this many rows are waiting
+    `with Store(...) as store` writes the rows that are waiting also when an exception passes."""
+
+    def __init__(self, folder, key, piece=128):
+        self.folder = Path(folder) / digest(key) if folder else None
+        self.piece, self.names, self.rows = piece, [], []
+        self.due = time.monotonic() + SECONDS
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.close()
+
+    def find(self, names):
+        """Return {name: row} of the names that are kept. Damaged pieces are deleted."""
+        wanted, found = {digest(name): name for name in names}, {}
+        for file in self.folder.glob("*.safetensors") if self.folder else []:
+            try:
+                found.update(self.read_piece(file, wanted))
+            except (OSError, MemoryError):                  # another process has deleted it
+                continue
+            except Exception:                               # damage can look like anything
+                file.unlink(missing_ok=True)
+        return found
+
+    def read_piece(self, file, wanted):
+        """Return {name: row} of one piece; wanted is {digest: name}."""
+        with safe_open(file, "pt") as piece:
+            held = piece.metadata()["names"].split()
+            if wanted.keys().isdisjoint(held):
+                return {}
+            rows = piece.get_tensor("rows")
+            if file.stem != self.checksum(held, rows):
+                raise SafetensorError("damaged")
+            places = [place for place, name in enumerate(held) if name in wanted]
+            return {wanted[held[place]]: row for place, row in zip(places, rows[places])}
+
+    def add(self, names, rows):
+        """Keep rows (n, ...), on the CPU, under n names. Raises Problem if that is impossible."""
+        if self.folder:
+            self.names += names
+            self.rows.append(rows)
+            if len(self.names) >= self.piece or time.monotonic() > self.due:
+                self.close()
+
+    def close(self):
+        """Write the rows that are waiting."""
+        if not self.names:
+            return
+        names, rows = [digest(name) for name in self.names], torch.cat(self.rows)
+        file = self.folder / f"{self.checksum(names, rows)}.safetensors"
+        for attempt in range(10):                           # `rm -r` may come in between
+            try:
+                write_whole(file, {"rows": rows}, {"names": " ".join(names)})
+                break
+            except Problem as problem:
+                if attempt == 9:
+                    raise Problem(f"{problem}: --cache DIR keeps features elsewhere") from None
+        self.names, self.rows, self.due = [], [], time.monotonic() + SECONDS
+
+    def checksum(self, names, rows):
+        """Return a digest of a piece's content and of the folder it belongs to."""
+        return digest((self.folder.name, names, tensor_digest({"rows": rows})))
+
+
+def write_whole(file, tensors, metadata=None):
+    """Write a safetensors file that appears whole or not at all, and its folder if missing.
+
+    Raises Problem if that is impossible."""
+    folder, temporary = Path(file).parent, None
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(prefix=".", suffix=".part", dir=folder)
+        os.close(handle)
+        tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
+        save_file(tensors, temporary, metadata)
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, file)
+    except (OSError, SafetensorError) as error:             # the second when the disk is full
+        why = getattr(error, "strerror", None) or error
+        raise Problem(f"cannot write {file} ({why})") from None
+    finally:
+        if temporary:
+            Path(temporary).unlink(missing_ok=True)
+
+
+def read_whole(file, flag):
+    """Return the tensors of a safetensors file. Raises Problem if it is none, or damaged."""
+    try:
+        return load(plain_file(file).read_bytes())
+    except (SafetensorError, ValueError) as error:
+        raise Problem(f"{flag} {file}: is damaged ({error})") from None

@@ -1,0 +1,242 @@
+"""What a run leaves: a JSON line in --out, and a prompt file.
+
+The identity of a run is everything that determines its numbers. It is made here, from three parts:
+
+setting  the code that computes, the weights, the precision, the protocol, and the flags
+data     contents of the test images, labels, class names, template, and who split the images
+run      setting and data, shots, seed, contents of the training images, and the loaded prompt
+
+"Already recorded" compares `run`; a mean holds runs of one `setting`, and of one `data` each set.
+"""
+
+import ast
+import functools
+import hashlib
+import json
+import math
+import os
+from importlib import metadata
+from pathlib import Path
+
+from data.errors import Problem, plain_file
+
+HERE = Path(__file__).resolve().parent.parent.parent
+COMPUTING = [HERE / "common.py", HERE / "data" / "features.py"]     # and the method's script
+# Flags that change no number, or that the identity holds in another form.
+ELSEWHERE = {"dataset", "data_root", "skip_unreadable", "backbone", "pretrained", "shots", "seeds",
+             "base_to_new", "transfer", "class_chunk", "device", "precision", "cache", "out",
+             "again", "save", "load", "predict", "export", "typed", "defaults"}
+SCORES = {"few-shot": ["zero_shot", "accuracy"],
+          "base-to-new": ["zero_shot_base", "zero_shot_new", "zero_shot_harmonic",
+                          "base", "new", "harmonic"]}
+FIELDS = {"method": str, "dataset": str, "backbone": str, "pretrained": str, "shots": int,
+          "seed": int, "changed": dict, "setting": str, "code": str, "weights": str, "data": str,
+          "run": str, "transfer": dict}
+
+
+# ---------------------------------------------------------------- identity
+
+def digest(*values):
+    """Return 16 hexadecimal digits that stand for JSON values."""
+    text = "\n".join(json.dumps(value, sort_keys=True) for value in values)
+    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).hexdigest()
+
+
+@functools.cache
+def code_digest(*files):
+    """Return 8 hexadecimal digits for the code in Python files, without comments and docstrings."""
+    trees = []
+    for file in files:
+        tree = ast.parse(Path(file).read_bytes())
+        for node in ast.walk(tree):
+            body = getattr(node, "body", None)
+            if isinstance(body, list) and body and is_text(body[0]):
+                body[0] = ast.Pass()
+        trees.append(ast.dump(tree))
+    return digest(trees)[:8]
+
+
+def is_text(statement):
+    return isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant)
+
+
+def current_code(method):
+    """Return the code digest of METHOD.py as it is now, "" if there is no such script."""
+    script = HERE / f"{method}.py"
+    return code_digest(script, *COMPUTING) if script.is_file() else ""
+
+
+def flags_that_matter(args):
+    """Return the flags that belong to a run's setting, {name: value}."""
+    return {name: value for name, value in vars(args).items() if name not in ELSEWHERE}
+
+
+def data_identity(data, contents):
+    """Return the digest of a data set as it is tested. contents: digests of its test images."""
+    train = [[os.path.basename(item.path), item.label] for item in data.train]
+    test = [[content.hex(), item.label] for content, item in zip(contents, data.test)]
+    return digest(data.classnames, data.template, data.prograd_template, data.origin, data.crop,
+                  data.own, train, test)
+
+
+# ---------------------------------------------------------------- what a run writes
+
+def record_of(run, rows, more):
+    """Return the record of a run, a flat dict; data/README.md lists its fields.
+
+    rows  {part: what Run.evaluate returns}
+    more  histories over epochs, seconds, and what the method has to tell"""
+    own = [part for part in run.parts if not part.transfer]
+    if run.protocol == "base-to-new":
+        scores = {}
+        for name, prefix in (("zero_shot", "zero_shot_"), ("accuracy", "")):
+            base, new = rows["base"][name], rows["new"][name]
+            scores[f"{prefix}base"], scores[f"{prefix}new"] = base, new
+            scores[f"{prefix}harmonic"] = 2 / (1 / max(base, 1e-9) + 1 / max(new, 1e-9))
+    else:
+        scores = {name: rows["all classes"][name] for name in ("zero_shot", "accuracy")}
+    transfer = {}
+    for part in run.parts:
+        if part.transfer:
+            row = rows[part.name]
+            transfer[part.name] = {"zero_shot": row["zero_shot"], "accuracy": row["accuracy"],
+                                   "data": run.identities[part.name]}
+    changed = {name: value for name, value in run.args.typed.items()
+               if value != run.args.defaults[name] and (name not in ELSEWHERE or name == "load")}
+    return {
+        "method": run.method, "dataset": run.data.name, "shots": run.shots, "seed": run.seed,
+        "protocol": run.protocol, "changed": changed, **scores, "transfer": transfer,
+        "kl": {part.name: rows[part.name]["kl"] for part in own},
+        "per_class": {part.name: per_class(part.classnames, rows[part.name]["counts"])
+                      for part in own},
+        "confusion": {part.name: rows[part.name]["counts"] for part in own
+                      if len(part.classes) <= 100},
+        "backbone": run.clip.name, "pretrained": run.args.pretrained,
+        "activation": run.clip.activation, "split": run.data.origin,
+        "run": run.id, "setting": run.setting, "data": run.identities[run.data.name],
+        "code": current_code(run.method), "weights": run.clip.weights, **more,
+        "flags": {name: value for name, value in vars(run.args).items()
+                  if name not in ("typed", "defaults")},
+        "versions": {name: metadata.version(name) for name in ("torch", "open_clip_torch")},
+        "device": run.device_name()}
+
+
+def per_class(classnames, counts):
+    """Return [[name, percent right, class most often taken for or None, images]] of each class."""
+    rows = []
+    for c, row in enumerate(counts):
+        total, others = sum(row), [0 if k == c else count for k, count in enumerate(row)]
+        other = classnames[others.index(max(others))] if any(others) else None
+        rows.append([classnames[c], 100 * row[c] / total if total else None, other, total])
+    return rows
+
+
+def origin_of(run, tensors):
+    """Return where a prompt comes from, for its file. tensors: their digest."""
+    args = run.args
+    backbone = "tiny_clip" if run.clip.name == "tiny_clip" else args.backbone
+    return {"method": run.method, "dataset": args.dataset, "classes": run.classes,
+            "template": run.data.template, "protocol": run.protocol, "shots": run.shots,
+            "seed": run.seed, "backbone": backbone, "pretrained": args.pretrained,
+            "weights": run.clip.weights, "precision": str(run.clip.dtype),
+            "flags": flags_that_matter(args), "setting": run.setting, "tensors": tensors}
+
+
+# ---------------------------------------------------------------- lines of results
+
+def append(file, record):
+    """Add a record to a file in one write, so that lines of several processes do not mix."""
+    line = json.dumps(record).encode() + b"\n"
+    Path(file).parent.mkdir(parents=True, exist_ok=True)
+    with open(file, "ab+") as out:
+        end = out.seek(0, os.SEEK_END)
+        out.seek(max(0, end - 1))
+        cut = end and out.read(1) != b"\n"      # a line that a full disk has cut short
+        out.write(b"\n" + line if cut else line)
+
+
+def read(file):
+    """Return the records of a file, oldest first, and how many of its lines are no record."""
+    records, odd = [], 0
+    lines = Path(file).read_bytes().splitlines() if Path(file).is_file() else []
+    for line in lines:
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError):
+            record = None
+        if is_record(record):
+            records.append(record)
+        else:
+            odd += bool(line.strip())
+    return records, odd
+
+
+def is_record(record):
+    """Whether a JSON value has every field of a record, and numbers where they belong."""
+    if not isinstance(record, dict) or record.get("protocol") not in SCORES:
+        return False
+    if any(type(record.get(name)) is not kind for name, kind in FIELDS.items()):
+        return False
+    scores = [record.get(name) for name in SCORES[record["protocol"]]]
+    for target in record["transfer"].values():
+        if not isinstance(target, dict) or not isinstance(target.get("data"), str):
+            return False
+        scores += [target.get("zero_shot"), target.get("accuracy")]
+    return all(type(score) in (int, float) and math.isfinite(score) for score in scores)
+
+
+def check_output(file, kind):
+    """Raise Problem where a file cannot be written, or would replace one of another kind.
+
+    kind  "results", "prompt" or "export"; --out, --save and --export write these"""
+    flag = {"results": "--out", "prompt": "--save", "export": "--export"}[kind]
+    path = Path(file)
+    if path.is_symlink() or path.exists() and not path.is_file():
+        raise Problem(f"{flag} {file}: neither new nor a plain file")
+    if path.exists() and path.stat().st_size:
+        if kind == "results":
+            records, odd = read(path)
+            known = records or not odd
+        else:
+            known = metadata_of(path).get("kind") == kind
+        if not known:
+            raise Problem(f"{flag} {file}: exists and holds something else; name another file")
+    folder = next(parent for parent in path.absolute().parents if parent.exists())
+    if not folder.is_dir() or not os.access(path if path.exists() else folder, os.W_OK):
+        raise Problem(f"{flag} {file}: cannot write there")
+
+
+# ---------------------------------------------------------------- prompt files
+
+def fill(name, shots, seed, dataset=""):
+    """Return the file name of one run: {shots}, {seed} and {dataset} are filled in."""
+    name = name.replace("{shots}", str(shots)).replace("{seed}", str(seed))
+    return name.replace("{dataset}", os.path.basename(dataset))
+
+
+def metadata_of(file):
+    """Return the metadata of a safetensors file, {name: text}; {} if it is no such file."""
+    try:
+        with open(plain_file(file), "rb") as content:
+            length = int.from_bytes(content.read(8), "little")
+            header = json.loads(content.read(length)) if 0 < length < 1 << 26 else {}
+        told = header.get("__metadata__", {})
+        return told if isinstance(told, dict) else {}
+    except (ValueError, AttributeError, RecursionError):
+        return {}
+
+
+def read_origin(file):
+    """Return where a prompt file comes from, as `origin_of` writes it.
+
+    Raises Problem if it is no prompt file."""
+    try:
+        told = metadata_of(file)
+        origin = json.loads(told["origin"]) if told.get("kind") == "prompt" else None
+    except Problem as problem:
+        raise Problem(f"--load {problem}") from None
+    except (ValueError, KeyError, TypeError, RecursionError):
+        origin = None
+    if not isinstance(origin, dict):
+        raise Problem(f"--load {file}: is no prompt that --save has written")
+    return origin

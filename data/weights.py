@@ -1,0 +1,136 @@
+"""CLIP models: open_clip's names and tags, weights files of every kind, and their activation."""
+
+import difflib
+import hashlib
+import socket
+import urllib.parse
+import urllib.request
+from pathlib import Path
+
+import open_clip
+import torch
+
+from data.errors import Problem
+
+OFFLINE = ("; to try the command without weights: --pretrained random; "
+           "`python prograd.py` needs no download")
+
+
+def create(name, tag, chosen=True):
+    """Return open_clip's model (frozen, fp32), its image transform, its tokenizer, its activation.
+
+    name    an open_clip model, or local-dir:PATH
+    tag     one of its pretrained tags, a weights file, or "random"
+    chosen  whether the user named the model: a file of unknown activation needs that
+    Raises Problem: no such model or weights, or a text encoder that is not CLIP's."""
+    local = name.startswith("local-dir:")
+    if not local and name not in open_clip.list_models():
+        near = difflib.get_close_matches(name, open_clip.list_models(), n=3, cutoff=0.3)
+        raise Problem(f"unknown backbone {name!r}: did you mean {' or '.join(near) or 'ViT-B-16'}? "
+                      "(or local-dir:PATH)")
+    spec = {} if local else open_clip.get_pretrained_cfg(name, tag)
+    state, quick = None, bool(spec.get("quick_gelu"))
+    if not local and tag != "random" and not spec:
+        state, quick = read_weights(name, tag, chosen)
+    elif spec:
+        name = name.removesuffix("-quickgelu")      # the tag decides
+        check_network(spec, name, tag)
+    flags = {"pretrained_text": False}
+    if local or spec:
+        flags = {"require_pretrained": True, "pretrained": tag if spec else None}
+    try:
+        model, _, transform = open_clip.create_model_and_transforms(
+            name, force_quick_gelu=quick, **flags)
+        if state:
+            model.load_state_dict(state)
+    except Exception as error:          # whatever goes wrong inside open_clip
+        cause = " ".join(str(error).split())[:300]
+        raise Problem(f"cannot load {name} {tag}: {cause}") from None
+    tokenizer = open_clip.get_tokenizer(name) if is_causal(text_encoder(model)) else None
+    if not isinstance(tokenizer, open_clip.SimpleTokenizer):
+        raise Problem(f"--backbone {name}: its text encoder is not CLIP's causal transformer, "
+                      "which the prompts are for")
+    activation = type(text_encoder(model).transformer.resblocks[0].mlp.gelu).__name__
+    return model.eval().requires_grad_(False), transform, tokenizer, activation
+
+
+def read_weights(name, file, chosen):
+    """Return the state dict of a weights file, and whether its activation is QuickGELU.
+
+    OpenAI's files are TorchScript archives, and QuickGELU; of others the model's name tells."""
+    if not Path(file).is_file():
+        tags = ", ".join(open_clip.list_pretrained_tags_by_model(name)) or "no tag"
+        raise Problem(f"--pretrained {file}: {name} has {tags}; there is no such file either")
+    try:
+        state = torch.jit.load(file, map_location="cpu").state_dict()
+        for key in ("input_resolution", "context_length", "vocab_size"):
+            state.pop(key, None)
+        return state, True
+    except (RuntimeError, ValueError):  # no TorchScript archive
+        pass
+    try:
+        state = open_clip.factory.load_state_dict(file)
+        if not all(isinstance(tensor, torch.Tensor) for tensor in state.values()):
+            raise ValueError("holds something else than tensors")
+    except Exception as error:
+        cause = " ".join(str(error).split())[:200]
+        raise Problem(f"--pretrained {file}: cannot be read as CLIP weights ({cause})") from None
+    quick = name.endswith("-quickgelu") or sha256(file) in openai_digests()
+    sibling = f"{name}-quickgelu"
+    if not quick and sibling in open_clip.list_models():
+        if not chosen:
+            raise Problem(f"--pretrained {file}: does not say which activation it was trained with;"
+                          f" add --backbone {sibling} (as OpenAI's weights) or --backbone {name}")
+        print(f"{file}: taken as weights with GELU; for QuickGELU, as OpenAI's, "
+              f"say --backbone {sibling}")
+    return state, quick
+
+
+def sha256(file):
+    with open(file, "rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
+
+
+def openai_digests():
+    """Return the SHA-256 of OpenAI's files: their addresses hold them."""
+    urls = (open_clip.get_pretrained_url(name, "openai") for name in open_clip.list_openai_models())
+    return {url.split("/")[-2] for url in urls if url}
+
+
+def check_network(spec, name, tag, seconds=4):
+    """Use what was downloaded earlier without asking the hub, which takes 50 s to fail.
+
+    Raises Problem if the weights were not downloaded earlier either."""
+    from huggingface_hub import constants, try_to_load_from_cache   # slow, and not always needed
+
+    repository = spec.get("hf_hub", "").rstrip("/")
+    if not repository:
+        return
+    files = [try_to_load_from_cache(repository, file) for file in
+             ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")]
+    if any(isinstance(file, str) for file in files):
+        constants.HF_HUB_OFFLINE = True             # they are here: nobody needs to be asked
+        return
+    if urllib.request.getproxies():
+        return                                      # a proxy knows more than we can find out
+    address = urllib.parse.urlparse(constants.ENDPOINT)
+    port = address.port or (443 if address.scheme == "https" else 80)
+    try:
+        socket.create_connection((address.hostname, port), timeout=seconds).close()
+    except OSError as error:
+        raise Problem(f"{name} {tag}: its weights are not here and {address.hostname} cannot be "
+                      f"reached ({error}); --backbone local-dir:PATH or --pretrained FILE take "
+                      f"weights from a file{OFFLINE}") from None
+
+
+def text_encoder(model):
+    """Return the module that holds the text encoder: the model itself, or its part `text`."""
+    return model if hasattr(model, "token_embedding") else getattr(model, "text", None)
+
+
+def is_causal(text):
+    """Whether it is CLIP's causal transformer, read at the end token."""
+    blocks = getattr(getattr(text, "transformer", None), "resblocks", [None])
+    return (type(blocks[0]) is open_clip.transformer.ResidualAttentionBlock
+            and getattr(text, "attn_mask", None) is not None
+            and getattr(text, "cls_emb", None) is None)
