@@ -45,7 +45,7 @@ from torchvision.transforms import (
 from tqdm import tqdm
 
 from data import checks, features, weights
-from data.load import Data, Item, dataset_names, is_embedded, load_data
+from data.load import Data, Item, check_template, dataset_names, is_embedded, load_data
 from data.results import export, records
 
 HERE = Path(__file__).resolve().parent
@@ -55,22 +55,18 @@ progress = functools.partial(tqdm, disable=None, leave=False)   # no bar without
 
 # ---------------------------------------------------------------- flags
 
-def flags(doc, lr, batch_size, n_ctx, embedded_lr=None):
-    """Return a parser with the flags of every method; a method adds its own.
-
-    embedded_lr  the default learning rate on the embedded data sets, if it is another one"""
+def flags(doc, lr, batch_size, n_ctx):
+    """Return a parser with the flags of every method; a method adds its own."""
     p = Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter,
                allow_abbrev=False)
-    p.learning_rates = lr, embedded_lr or lr
     count, whole = number(int, 1, low_ok=True), number(int, 0, low_ok=True)
-    also = f"; embedded data: {embedded_lr}" if embedded_lr else ""
 
     add = p.add_argument_group("data and CLIP").add_argument
     add("--dataset", type=dataset_names, metavar="NAME,...",
         help="data sets, folders of class folders, or all of 'embedded' or 'papers' (shapes)")
     add("--data-root", type=nonempty, default=str(HERE / "data" / "sets"), metavar="DIR",
         help="where data sets are, laid out as CoOp's users have them (data/sets)")
-    add("--template", type=checks.template, metavar="TEXT",
+    add("--template", type=check_template, metavar="TEXT",
         help="hand-crafted prompt, {} for the class name; several, separated by |, are averaged")
     add("--skip-unreadable", action="store_true",
         help="leave out images that cannot be read, and say how many")
@@ -93,7 +89,7 @@ def flags(doc, lr, batch_size, n_ctx, embedded_lr=None):
         help="training images per class (4)")
     add("--seeds", type=several(whole), default=[1], metavar="N,...", help="a run for each (1)")
     add("--epochs", type=count, metavar="N", help="passes over the training images (see above)")
-    add("--lr", type=number(), help=f"learning rate ({lr}{also})")
+    add("--lr", type=number(), default=lr, help=f"learning rate ({lr})")
     add("--batch-size", type=count, default=batch_size, metavar="N",
         help=f"training images per step ({batch_size})")
     add("--views", type=number(int, 0, 2**20, low_ok=True), default=10, metavar="N",
@@ -148,7 +144,8 @@ def parse(parser, argv=None):
     args.cache = args.cache or os.path.join(args.data_root, "cache")
     args.dataset = args.dataset or ["shapes"]
     if args.load:
-        take_from(args, records.read_origin(records.fill(args.load, args.shots[0], args.seeds[0])))
+        first = records.fill(args.load, args.shots[0], args.seeds[0], args.dataset[0])
+        take_from(args, records.read_origin(first))
     checks.flags(args)
     return args
 
@@ -165,14 +162,14 @@ def take_from(args, origin):
         args.dataset = [origin["dataset"]]
     for name, value in origin["flags"].items():
         if name in args.typed:
-            if args.typed[name] != value and name not in checks.OF_A_TEST:
+            if args.typed[name] != value and name not in records.OF_A_TEST:
                 raise Problem(f"--load {args.load}: was trained with --{name.replace('_', '-')} "
                               f"{value}, not {args.typed[name]}")
-        elif name not in checks.OF_A_TEST or name == "template" and not elsewhere:
+        elif name not in records.OF_A_TEST or name == "template" and not elsewhere:
             setattr(args, name, value)
 
 
-def settle(args, parser, dataset):
+def settle(args, dataset):
     """Return the flags of the runs on one data set, with the defaults that depend on others."""
     args, embedded = copy.copy(args), is_embedded(dataset)
     tiny = f"local-dir:{TINY_CLIP}"
@@ -181,7 +178,6 @@ def settle(args, parser, dataset):
     if args.backbone == "tiny_clip":
         args.backbone = tiny
     args.pretrained = args.pretrained or ("" if ":" in args.backbone else "openai")
-    args.lr = args.lr or parser.learning_rates[embedded]
     cuda = torch.cuda.is_available()        # says if the driver is too old
     if args.device == "cuda" and not cuda:
         raise Problem("--device cuda: PyTorch sees no CUDA device here; "
@@ -206,7 +202,7 @@ def runs(script, parser, argv=None):
     mine, done, failed = share(jobs), [], []
     for dataset, group in itertools.groupby(mine, key=lambda job: job[0]):
         with note_failure(dataset, failed, len(mine) > 1):
-            for run in runs_on(dataset, list(group), script, settle(args, parser, dataset)):
+            for run in runs_on(dataset, list(group), script, settle(args, dataset)):
                 if len(mine) > 1:
                     run.title += f", run {mine.index(run.job) + 1} of {len(mine)}"
                 run.errors = note_failure(run.title, failed, len(mine) > 1)
@@ -253,12 +249,13 @@ def share(jobs):
 def runs_on(dataset, jobs, script, args):
     """Yield the Runs on one data set: load and check everything, encode nothing yet."""
     method, template = Path(script).stem, args.template
+    code = records.code_digest(script, *records.COMPUTING)
     names = [dataset, *args.transfer]
-    if args.load and args.predict and "dataset" not in args.typed:      # needs no data set
-        origin = records.read_origin(records.fill(args.load, *jobs[0][1:]))
+    asked = {"dataset", "transfer", "base_to_new"} & {*args.typed}
+    if args.load and args.predict and not asked:
+        origin = records.read_origin(records.fill(args.load, *jobs[0][1:], dataset))
         classnames, template = [name for _, name in origin["classes"]], origin["template"]
-        sets = [Data(dataset, classnames, template, template, [], [], [])]
-        jobs = jobs[:1]
+        sets = [Data(dataset, classnames, template, template, [], [], [])]   # needs no images
     else:
         sets = [load_data(name, args.data_root, None if k else template, args.skip_unreadable)
                 for k, name in enumerate(names)]
@@ -266,29 +263,31 @@ def runs_on(dataset, jobs, script, args):
         checks.protocol(sets[0], args)
     data, *others = sets
     clip = load_clip(args.backbone, args.pretrained, args.device, args.precision,
-                     args.class_chunk, "backbone" in args.typed)
+                     args.class_chunk, "backbone" in args.typed or bool(args.load))
     checks.names(clip, args, sets)
     parts = make_parts(data, others, args.base_to_new)
     identities = {some.name: records.data_identity(some, contents(some.test, args))
                   for some in sets}
+    most = max(Counter(item.label for item in data.train).values(), default=0)
     for job in jobs:
         _, shots, seed = job
-        file, origin = records.fill(args.load or "", shots, seed), None
-        items, classes = few_shot(data.train, shots, seed), list(enumerate(data.classnames))
-        if args.base_to_new:
-            classes = classes[:math.ceil(len(classes) / 2)]
-            items, _ = half(items, data.classnames, new=False)
-        most = max(Counter(item.label for item in data.train).values(), default=0)
+        file = records.fill(args.load or "", shots, seed, dataset)
+        origin, items, classes = None, [], list(enumerate(data.classnames))
         if file:
             origin = records.read_origin(file)
-            checks.origin(origin, file, method, clip, args, data)
-            shots, seed, items = origin["shots"], origin["seed"], []
+            checks.origin(origin, file, job, method, clip, args, data)
+            shots, seed = origin["shots"], origin["seed"]
             classes = [tuple(pair) for pair in origin["classes"]]
-        elif shots > most:
-            print(f"{dataset}: no class has {shots} training images; using the {most} there are")
-            shots = most
-        yield Run(job, method, args, clip, data, shots, seed, items, classes, parts, identities,
-                  file, origin)
+        else:
+            if shots > most:
+                print(f"{dataset}: no class has {shots} training images; using the {most} it has")
+                shots = most
+            items = few_shot(data.train, shots, seed)
+            if args.base_to_new:
+                items, _ = half(items, data.classnames, new=False)
+                classes = classes[:math.ceil(len(classes) / 2)]
+        yield Run(job, method, code, args, clip, data, shots, seed, items, classes, parts,
+                  identities, file, origin)
 
 
 def recorded(run):
@@ -328,10 +327,11 @@ class Clip:
         """Return the context for the text encoder: bf16 on a GPU that has it, else fp32."""
         return torch.autocast(self.device, torch.bfloat16, enabled=self.amp)
 
-    def augment(self, crop):
-        """Return the training augmentation: a random crop keeps `crop` to 1 of the area."""
+    @property
+    def augment(self):
+        """The training augmentation (authors' code): random crop of 8 to 100 % of the area, flip."""
         size, bicubic = self.model.visual.preprocess_cfg["size"], InterpolationMode.BICUBIC
-        return Compose([RandomResizedCrop(size, (crop, 1.0), interpolation=bicubic),
+        return Compose([RandomResizedCrop(size, (0.08, 1.0), interpolation=bicubic),
                         RandomHorizontalFlip(), PILToTensor()])
 
     def pixels(self, images):
@@ -357,7 +357,7 @@ def load_clip(backbone=f"local-dir:{TINY_CLIP}", pretrained="", device="cpu", pr
         torch.set_num_threads(1)    # threads gain nothing on matrices so small, and wait actively
     if device == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
-        torch.backends.cudnn.allow_tf32 = precision == "amp"
+        torch.backends.cudnn.allow_tf32 = False     # fp32 is fp32 in convolutions, too
     dtype = feature_dtype(device, precision)
     digest = records.digest(features.tensor_digest(model.state_dict()),
                             features.image_key(model.visual), activation)
@@ -442,7 +442,7 @@ def encode_images(clip, data, items, cache=None, views=None, encode=None, kind="
     kind    its name in the cache
     Raises Problem at an image that is missing or cannot be read."""
     paths, each = [str(item.path) for item in items], views or [0]
-    transform = clip.augment(data.crop) if views else clip.preprocess
+    transform = clip.augment if views else clip.preprocess
     encode = encode or clip.encode_image
     # Batches of one size, the last one filled up: else the last bits of an image's features would
     # depend on the other images of its batch.
@@ -450,7 +450,7 @@ def encode_images(clip, data, items, cache=None, views=None, encode=None, kind="
     every = 16 if clip.device == "cuda" else 1      # batches between two copies to the host
     files = features.digest_files(paths, cache) if cache else paths
     names = [(file, view) for file in files for view in each]
-    key = (clip.image_key, kind, data.own, data.crop if views else None)
+    key = (clip.image_key, kind, data.own, bool(views))
     with features.Store(cache, key) as store:
         rows = store.find(names)
         todo, wanted = {}, []                       # the views of each image that are not there yet
@@ -667,7 +667,7 @@ class Part:
 
 
 def make_parts(data, others, base_to_new):
-    """Return the Parts of a run: all classes, or the base and the new ones; then other data sets."""
+    """Return the Parts of a run: all classes, or base and new ones; then the other data sets."""
     parts = []
     for name, new in (("base", False), ("new", True)) if base_to_new else ():
         items, _ = half(data.test, data.classnames, new)
@@ -684,6 +684,7 @@ class Run:
     """One training and evaluation: a method on a data set, a number of shots, a seed."""
     job: tuple                      # (data set, shots, seed) as the flags ask for it
     method: str
+    code: str                       # digest of the script and the modules that compute
     args: argparse.Namespace        # the flags, settled for this data set
     clip: Clip
     data: Data
@@ -707,9 +708,10 @@ class Run:
         if self.file:
             self.title += f", prompt of {self.file}"
         self.setting = records.digest(
-            self.method, records.current_code(self.method), self.clip.weights,
+            self.method, self.code, self.clip.weights,
             f"{self.clip.dtype} {self.clip.amp}", self.protocol,
-            records.flags_that_matter(self.args), self.origin and self.origin["setting"])
+            records.flags_that_matter(self.args),
+            self.origin and [self.origin[name] for name in ("setting", "dataset", "data")])
         sample = [[content.hex(), item.label]
                   for content, item in zip(contents(self.items, self.args), self.items)]
         self.id = records.digest(self.setting, self.identities[self.data.name], self.shots,
@@ -733,6 +735,8 @@ class Run:
         A method that changes the image encoder (it has image_features) encodes its own training
         images. Raises Problem: unreadable image, a prompt file that does not fit."""
         args, began = self.args, time.time()
+        for file in args.predict:
+            features.read_image(file, own=True)
         for part in self.parts:
             if part.features is None and part.items:
                 f = encode_images(self.clip, part.data, part.items, args.cache)
@@ -799,7 +803,7 @@ class Run:
         plan = self.plan(epoch)
         paths = [str(self.items[row].path) for rows, _ in plan for row in rows]
         views = [[int(view) if self.args.views else epoch] for _, some in plan for view in some]
-        loader = features.load_pixels(paths, self.clip.augment(self.data.crop), views,
+        loader = features.load_pixels(paths, self.clip.augment, views,
                                       len(plan[0][0]), self.clip.device, self.data.own)
         for (rows, some), images in zip(plan, loader):
             yield self.clip.pixels(images), self.labels[rows.to(self.labels.device)], rows, some
@@ -833,7 +837,7 @@ class Run:
 
     @torch.no_grad()
     def classifiers(self, prompt, part):
-        """Return [(image features (N, D), class features (C, D))] of zero-shot CLIP and the prompt."""
+        """Return [(image features (N, D), class features (C, D))]: zero-shot's, the prompt's."""
         f = part.features
         with self.clip.autocast():
             w = prompt.class_features(part)
@@ -958,4 +962,5 @@ def show_means(out, ids):
                   f"mean ± std over {len(found)} seeds of {first['method']}")
             for name in records.SCORES[first["protocol"]]:
                 values = [record[name] for record in found]
-                print(f"  {name:<20} {statistics.mean(values):6.1f} ± {statistics.stdev(values):.1f}")
+                mean, std = statistics.mean(values), statistics.stdev(values)
+                print(f"  {name:<20} {mean:6.1f} ± {std:.1f}")

@@ -26,7 +26,7 @@ trained on, and a learnable critic measures the mutual information (paper). CLIP
     z      two for each class of a batch: i and j are drawn from all training images of the class, a
            from [0, 1] (ours). With one shot they are two crops of the same image
     P, Q   (D, D), start as the identity; t starts at 0.07. Trained with v, without weight decay
-    lambda 4; mu is 1 and was not searched (ours)
+    lambda 1; mu is 1 and was not searched (ours)
 
 log C - L_view is a lower bound of the mutual information of a class's two views: the critic sees
 the class only through h, so it cannot name it better than h does (van den Oord et al. 2018). Since
@@ -182,8 +182,8 @@ def flags():
     parser.add_argument("--position", choices=["end", "middle", "front"], default="end",
                         help="of the class name in the prompt (end)")
     weight = common.number(low_ok=True)
-    parser.add_argument("--mi-weight", type=weight, default=4.0, metavar="LAMBDA",
-                        help="of the mutual information of the two views (4)")
+    parser.add_argument("--mi-weight", type=weight, default=1.0, metavar="LAMBDA",
+                        help="of the mutual information of the two views (1)")
     parser.add_argument("--image-weight", type=weight, default=1.0, metavar="MU",
                         help="of the mutual information of mixed images and the learned view (1)")
     parser.add_argument("--mi-temperature", type=common.number(), default=0.07, metavar="T",

@@ -58,7 +58,8 @@ class Prompt(torch.nn.Module):
 
         names  one pair per class: embeddings of its name, (l, W), and of ".", (1, W)"""
         start, end = common.start_end(self.clip)        # (1, W) each
-        names = [(torch.cat([self.left_over, name]), dot) for name, dot in names]
+        if len(self.left_over):                         # in front of every name
+            names = [(torch.cat([self.left_over, name]), dot) for name, dot in names]
         if self.position == "end" and self.v.ndim == 2:
             return common.encode_text(self.clip, [start, self.v], [[*pair, end] for pair in names])
         prompts = []

@@ -42,7 +42,7 @@ Try, on the embedded data set "shapes" (seed 1):
     python restore.py --shift-weight 0 --blend 0     independent prompts in both encoders (IVLP)
 
 The released code differs from the paper: class Released, below. SGD, schedule and the incomplete
-batch are CoOp's; 10 epochs, batches of 4 and lr 0.0035 the authors' (embedded data: 0.0005, ours).
+batch are CoOp's; 10 epochs, batches of 4 and lr 0.0035 the authors'.
 Ours: ten random crops of each image, of which each epoch uses one; --views 0: fresh crops.
 """
 
@@ -80,7 +80,8 @@ class Prompt(torch.nn.Module):
         depth, n = min(args.depth, blocks), args.n_ctx
         self.words = common.embed(clip, args.ctx_init)                      # (words, W_t)
         width_t, width_i = self.words.shape[1], clip.model.visual.conv1.out_channels
-        text = [self.words[:n].cpu()] + [0.02 * torch.randn(n, width_t) for _ in range(depth - 1)]
+        text = [self.words[:n].cpu().clone()]
+        text += [0.02 * torch.randn(n, width_t) for _ in range(depth - 1)]
         image = [0.02 * torch.randn(n, width_i) for _ in range(depth)]
         text, image = (text if args.towers != "vision" else [],
                        image if args.towers != "text" else [])
@@ -280,7 +281,7 @@ class Released(Prompt):
             width_t, width_i = self.text_prompts[0].shape[1], self.image_prompts[0].shape[1]
             del self.image_prompts
             self.projections = torch.nn.ModuleList(
-                torch.nn.Linear(width_t, width_i, device=clip.device) for _ in self.text_prompts)
+                torch.nn.Linear(width_t, width_i) for _ in self.text_prompts).to(clip.device)
         self.gram_at_start = [norms.detach() for norms in self.gram_norms()]
 
     def image(self):
@@ -313,7 +314,7 @@ def blends(text):
 
 def flags():
     """Return the parser of this script's flags."""
-    parser = common.flags(__doc__, lr=0.0035, batch_size=4, n_ctx=2, embedded_lr=0.0005)
+    parser = common.flags(__doc__, lr=0.0035, batch_size=4, n_ctx=2)
     parser.add_argument("--ctx-init", type=common.words, default="a photo of a", metavar="WORDS",
                         help="stand before the name; --n-ctx of them are learned (a photo of a)")
     parser.add_argument("--depth", type=common.number(int, 1, low_ok=True), default=9, metavar="K",

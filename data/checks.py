@@ -1,22 +1,9 @@
 """Checks before a run: flags that do not go together, class names, saved prompts."""
 
-import argparse
+import os
 
 from data.errors import Problem
 from data.results import records
-
-OF_A_TEST = {"template", "test_images"}     # flags that a saved prompt may be tested with
-
-
-def template(value):
-    """An argparse type: prompts separated by |, each with one {} for the class name."""
-    for prompt in value.split("|"):
-        before, *behind = prompt.split("{}")
-        if len(behind) != 1 or set("{}") & {*before, *behind[0]} or not prompt.strip():
-            raise argparse.ArgumentTypeError(f"{prompt!r} needs one {{}}, where the class name "
-                                             "stands, and no other braces")
-    return value
-
 
 def flags(args):
     """Raise Problem where flags do not go together, or where a run could not write its results."""
@@ -40,6 +27,9 @@ def flags(args):
     if len(set(saved)) < len(saved) or any(set("{}") & set(file) for file in saved):
         raise Problem(f"--save {args.save}: several runs need {{dataset}}, {{shots}} or {{seed}} "
                       "in the name, which are filled in")
+    files = [args.out, *saved, *filter(None, [args.export])]
+    if len({os.path.realpath(file) for file in files}) < len(files):
+        raise Problem("--out, --save and --export name the same file")
     records.check_output(args.out, "results")
     for file in saved:
         records.check_output(file, "prompt")
@@ -85,17 +75,23 @@ def names(clip, args, sets):
               "images take --backbone ViT-B-16 (a download of 600 MB)")
 
 
-def origin(origin, file, method, clip, args, data):
+def origin(origin, file, job, method, clip, args, data):
     """Raise Problem where a saved prompt cannot be tested as the flags ask for it."""
     if origin["method"] != method:
         raise Problem(f"--load {file}: was saved by {origin['method']}, not by {method}")
     if origin["weights"] != clip.weights:
-        raise Problem(f"--load {file}: was trained with other weights ({origin['backbone']} "
-                      f"{origin['pretrained']})")
+        name = f"{origin['backbone']} {origin['pretrained']}".strip()
+        raise Problem(f"--load {file}: was trained with other weights ({name})")
+    for name, value in zip(("shots", "seed"), job[1:]):
+        if f"{name.rstrip('s')}s" in args.typed and value != origin[name]:
+            raise Problem(f"--load {file}: was trained with {name} {origin[name]}, not {value}")
+    for name, value in origin["flags"].items():     # they were taken from the first file
+        if name not in records.OF_A_TEST and getattr(args, name, None) != value:
+            raise Problem(f"--load {file}: was trained with --{name.replace('_', '-')} {value}, "
+                          f"not {getattr(args, name, None)}")
     learned = {tuple(pair) for pair in origin["classes"]}
     classes = list(enumerate(data.classnames))
-    same = origin["dataset"] == args.dataset
-    if args.base_to_new and same and learned & set(classes[(len(classes) + 1) // 2:]):
+    if args.base_to_new and learned & set(classes[(len(classes) + 1) // 2:]):
         raise Problem(f"--load {file}: was trained on classes of the new half, too")
     if getattr(args, "class_specific", False) and learned != set(classes):
         raise Problem(f"--load {file}: holds contexts of other classes (--class-specific)")

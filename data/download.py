@@ -27,7 +27,7 @@ def provide_images(name, spec, root):
     if not is_complete(spec, root):
         try:
             if "archive" not in spec:
-                raise Problem("not all of it is there, and no script can download it")
+                raise Problem("images or class names are missing, and no script can download them")
             root.mkdir(parents=True, exist_ok=True)
             with FileLock(root / f".{name}.lock"):
                 if not is_complete(spec, root):         # else another process has just finished

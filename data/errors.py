@@ -8,8 +8,8 @@ import stat
 import sys
 from pathlib import Path
 
-if sys.version_info < (3, 11):
-    sys.exit("this repository needs Python 3.11 or newer")
+if sys.version_info < (3, 11, 4):
+    sys.exit("this repository needs Python 3.11.4 or newer")
 
 
 class Problem(Exception):

@@ -1,6 +1,7 @@
 """Image files to pixels, the cache of image features, and safetensors files that appear whole."""
 
 import functools
+import glob
 import io
 import os
 import tempfile
@@ -14,7 +15,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load, save_file
 from torch.utils.data import DataLoader
 
 from data.errors import Problem, plain_file
@@ -80,7 +81,7 @@ def read_rows(rows, transform, own):
                 pixels.append(transform(image))
     except Problem as problem:
         return problem
-    return torch.stack(pixels).contiguous()                 # PILToTensor's are channels-last
+    return torch.stack(pixels)
 
 
 def count_workers():
@@ -100,8 +101,8 @@ def load_pixels(paths, transform, views, batch_size, device, own=False, workers=
     Raises Problem at an image that cannot be read."""
     cuda = str(device).startswith("cuda")
     workers = count_workers() if cuda and workers is None else workers or 0
-    # Workers send few rows at a time: a container's /dev/shm has 64 MB, and two chunks of each
-    # worker wait there, at most 96 rows, 14 MB at 224 pixels and 58 MB at 448.
+    # Workers send few rows at a time: a container's /dev/shm has 64 MB, and two chunks per worker
+    # pass through it, in all at most 96 rows, 14 MB at 224 pixels and 58 MB at 448.
     size = max(1, 96 // (2 * workers)) if workers else batch_size
     rows = [(path, view) for path, some in zip(paths, views) for view in some]
     batches = [rows[k:k + batch_size] for k in range(0, len(rows), batch_size)]
@@ -128,9 +129,9 @@ def normalize(pixels, mean, std):
     """Return float (n, 3, H, W) of uint8 pixels, as ToTensor and Normalize do to the bit.
 
     mean, std  three numbers each, or a tensor (3,) on the device"""
-    like = {"dtype": torch.float32, "device": pixels.device}
-    top = torch.full((), 255.0, **like)         # CUDA multiplies by the reciprocal of a number
-    mean, std = (torch.as_tensor(values, **like).view(3, 1, 1) for values in (mean, std))
+    top = torch.full((), 255.0, device=pixels.device)   # CUDA multiplies by a number's reciprocal
+    mean, std = (torch.as_tensor(values, dtype=torch.float32).view(3, 1, 1)
+                 .to(pixels.device, non_blocking=True) for values in (mean, std))
     return pixels.float().div_(top).sub_(mean).div_(std)
 
 
@@ -214,7 +215,8 @@ class Store:
     def find(self, names):
         """Return {name: row} of the names that are kept. Damaged pieces are deleted."""
         wanted, found = {digest(name): name for name in names}, {}
-        for file in self.folder.glob("*.safetensors") if self.folder else []:
+        for name in glob.glob("*.safetensors", root_dir=self.folder) if self.folder else []:
+            file = self.folder / name
             try:
                 found.update(self.read_piece(file, wanted))
             except (OSError, MemoryError):                  # another process has deleted it

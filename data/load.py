@@ -44,7 +44,6 @@ class Data:
     test: list
     note: str = ""      # a line that a run prints
     origin: str = ""    # who made the split; another split gives other results
-    crop: float = 0.08  # smallest area of a random crop in training
     own: bool = False   # a folder of the user
 
 
@@ -68,8 +67,8 @@ def find_name(text):
     if os.path.isdir(text):
         return check_text(str(Path(text).resolve()))
     near = difflib.get_close_matches(text, [*NAMES, *SUITES], n=3, cutoff=0.4)
-    hint = f"did you mean {' or '.join(near)}?" if near else "there is no such folder either;"
-    raise Problem(f"unknown data set {text!r}: {hint} `python common.py --data` lists all")
+    hint = f"did you mean {' or '.join(near)}?" if near else "no name and no folder;"
+    raise Problem(f"unknown data set {text[:200]!r}: {hint} `python common.py --data` lists all")
 
 
 def is_embedded(name):
@@ -80,7 +79,7 @@ def is_embedded(name):
 def find_spec(name):
     """Return what is known of a data set before its files are read."""
     if is_embedded(name):
-        return {"kind": "embedded", "images": f"{name}/images", "crop": sets.CROP,
+        return {"kind": "embedded", "images": f"{name}/images",
                 "split": f"{name}/split_{name}.json", "template": sets.template(name)}
     return CATALOGUE.get(name, {"kind": "own", "template": "a photo of a {}."})
 
@@ -115,7 +114,7 @@ def load_data(name, root, template=None, skip_unreadable=False):
         classnames, rows, origin, note = READERS[spec["kind"]](name, spec, root)
         data = Data(name, classnames, spec["template"],
                     spec.get("prograd_template", spec["template"]), [], [], [], origin=origin,
-                    crop=spec.get("crop", Data.crop), own=spec["kind"] == "own")
+                    own=spec["kind"] == "own")
         for part in PARTS:
             items = [Item(path, label, classnames[label]) for path, label in rows.get(part, [])]
             setattr(data, part, items)
@@ -233,8 +232,8 @@ def read_published(name, spec, root):
         names, rows = divide_folders(images, spec.get("ignore", []))
         found = sum(map(len, rows.values()))
         if found != sum(spec["counts"]):
-            problem = f"{images} has {found} images of {sum(spec['counts'])}"
-            raise missing(name, spec, root, problem) from None
+            why = f"{images} has {found} images of {sum(spec['counts'])}"
+            raise missing(name, spec, root, why) from None
         origin = SEEDED
         note = f"{SEEDED}, NOT the papers' split: {problem}; that belongs at {file}"
     return [rename.get(classname, classname) for classname in names], rows, origin, note
@@ -403,7 +402,7 @@ def list_images(folder):
     for entry in scan(folder):
         if entry.is_dir():
             paths += list_images(entry.path)
-        elif entry.is_file() and os.path.splitext(entry.name)[1].lower() in ENDINGS:
+        elif os.path.splitext(entry.name)[1].lower() in ENDINGS:
             paths.append(Path(entry.path))
     return paths
 

@@ -2,9 +2,10 @@
 
 import difflib
 import hashlib
-import socket
-import urllib.parse
+import urllib.error
 import urllib.request
+import warnings
+import zipfile
 from pathlib import Path
 
 import open_clip
@@ -45,7 +46,7 @@ def create(name, tag, chosen=True):
             model.load_state_dict(state)
     except Exception as error:          # whatever goes wrong inside open_clip
         cause = " ".join(str(error).split())[:300]
-        raise Problem(f"cannot load {name} {tag}: {cause}") from None
+        raise Problem(f"cannot load {name} {tag}: {cause}{OFFLINE if spec else ''}") from None
     tokenizer = open_clip.get_tokenizer(name) if is_causal(text_encoder(model)) else None
     if not isinstance(tokenizer, open_clip.SimpleTokenizer):
         raise Problem(f"--backbone {name}: its text encoder is not CLIP's causal transformer, "
@@ -61,13 +62,13 @@ def read_weights(name, file, chosen):
     if not Path(file).is_file():
         tags = ", ".join(open_clip.list_pretrained_tags_by_model(name)) or "no tag"
         raise Problem(f"--pretrained {file}: {name} has {tags}; there is no such file either")
-    try:
-        state = torch.jit.load(file, map_location="cpu").state_dict()
+    if is_torchscript(file):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")     # deprecated, but the form of OpenAI's files
+            state = torch.jit.load(file, map_location="cpu").state_dict()
         for key in ("input_resolution", "context_length", "vocab_size"):
             state.pop(key, None)
         return state, True
-    except (RuntimeError, ValueError):  # no TorchScript archive
-        pass
     try:
         state = open_clip.factory.load_state_dict(file)
         if not all(isinstance(tensor, torch.Tensor) for tensor in state.values()):
@@ -84,6 +85,11 @@ def read_weights(name, file, chosen):
         print(f"{file}: taken as weights with GELU; for QuickGELU, as OpenAI's, "
               f"say --backbone {sibling}")
     return state, quick
+
+
+def is_torchscript(file):
+    return zipfile.is_zipfile(file) and any(
+        name.endswith("constants.pkl") for name in zipfile.ZipFile(file).namelist())
 
 
 def sha256(file):
@@ -111,16 +117,15 @@ def check_network(spec, name, tag, seconds=4):
     if any(isinstance(file, str) for file in files):
         constants.HF_HUB_OFFLINE = True             # they are here: nobody needs to be asked
         return
-    if urllib.request.getproxies():
-        return                                      # a proxy knows more than we can find out
-    address = urllib.parse.urlparse(constants.ENDPOINT)
-    port = address.port or (443 if address.scheme == "https" else 80)
+    request = urllib.request.Request(constants.ENDPOINT, method="HEAD")
     try:
-        socket.create_connection((address.hostname, port), timeout=seconds).close()
+        urllib.request.urlopen(request, timeout=seconds).close()    # it knows the proxies, too
+    except urllib.error.HTTPError:
+        pass                                        # it has answered
     except OSError as error:
-        raise Problem(f"{name} {tag}: its weights are not here and {address.hostname} cannot be "
-                      f"reached ({error}); --backbone local-dir:PATH or --pretrained FILE take "
-                      f"weights from a file{OFFLINE}") from None
+        raise Problem(f"{name} {tag}: its weights are not here and {constants.ENDPOINT} cannot be "
+                      f"reached ({getattr(error, 'reason', error)}); --backbone local-dir:PATH or "
+                      f"--pretrained FILE take weights from a file{OFFLINE}") from None
 
 
 def text_encoder(model):

@@ -1,46 +1,35 @@
-"""What the methods share: few-shot samples, halves, class features; and the house's rules."""
+"""What the methods share: samples, features of images and prompts, batches, evaluation."""
 
-import ast
-import inspect
 import json
-import re
-import shlex
-import subprocess
-import sys
-from operator import attrgetter
+import math
+from dataclasses import replace
 from pathlib import Path
 
+import open_clip
 import pytest
 import torch
+import torch.nn.functional as F
+from conftest import make_images, make_run
+from PIL import Image
+from reference.make import SMALL, as_clip, small_clip
+from torchvision.transforms import InterpolationMode
 
 import common
 import coop
-import mvp_mi
-import prograd
-import restore
-from data.files import Item
-
-HERE = Path(__file__).parent.parent
-SCRIPTS = [coop, prograd, mvp_mi, restore]
-CONTEXT_SCRIPTS = [coop, prograd, mvp_mi]       # those that learn a context
+from common import Item
 
 
-def name_of(script):
-    return script.__name__
+# ---------------------------------------------------------------- few-shot samples, halves
 
-
-# ---------------------------------------------------------------- few-shot samples
-
-PUBLISHED = json.loads((HERE / "tests" / "few_shot.json").read_text())
+PUBLISHED = json.loads((Path(__file__).parent / "few_shot.json").read_text())
 SAMPLES = [(name, key) for name in PUBLISHED for key in PUBLISHED[name]["expected"]]
 
 
 @pytest.mark.parametrize("name, key", SAMPLES)
-def test_few_shot_samples_are_the_published_ones(name, key):
-    counts, shots_and_seed = PUBLISHED[name]["label_counts"], map(int, key.split("-"))
-    labels = [label for label, count in counts for _ in range(count)]
+def test_few_shot_samples_are_those_that_coops_authors_published(name, key):
+    labels = [label for label, count in PUBLISHED[name]["label_counts"] for _ in range(count)]
     items = [Item(str(row), label, "") for row, label in enumerate(labels)]
-    sample = common.few_shot(items, *shots_and_seed)
+    sample = common.few_shot(items, *map(int, key.split("-")))
     assert [int(item.path) for item in sample] == PUBLISHED[name]["expected"][key]
 
 
@@ -48,112 +37,210 @@ def items_of(labels):
     return [Item(str(k), label, f"class {label}") for k, label in enumerate(labels)]
 
 
-def test_a_class_with_fewer_images_than_shots_gives_all_in_their_order():
+def test_a_class_with_too_few_images_gives_all_in_their_order():
     items = items_of([0, 1, 0, 1, 0])
     assert common.few_shot(items, 3, 1)[3:] == [items[1], items[3]]
 
 
-def test_no_image_is_drawn_twice():
-    assert len(set(common.few_shot(items_of([0] * 9), 8, 1))) == 8
+@pytest.mark.parametrize("new, names, labels", [(False, "abc", [0, 1, 2]), (True, "de", [0, 1])])
+def test_base_classes_are_the_first_half_rounded_up_and_both_halves_count_from_0(
+        new, names, labels):
+    items, classnames = common.half(items_of([0, 1, 2, 3, 4]), list("abcde"), new)
+    assert classnames == list(names)
+    assert [item.label for item in items] == labels
+    assert [item.path for item in items] == [str("abcde".index(name)) for name in names]
 
 
-def test_classes_stand_in_the_order_of_their_first_image():
-    sample = common.few_shot(items_of([2, 0, 2, 1, 0, 1]), 1, 1)
-    assert [item.label for item in sample] == [2, 0, 1]
+def data_of(labels, **given):
+    names = [f"class {label}" for label in sorted(set(labels))]
+    return common.Data("made up", names, "{}", "{}", [], [], items_of(labels), **given)
 
 
-def test_the_seed_decides_the_sample():
-    items = items_of([0] * 20)
-    one, again, two = (common.few_shot(items, 5, seed) for seed in (1, 1, 2))
-    assert one == again != two
+def test_a_sample_of_test_images_has_equally_many_of_each_class_and_is_always_the_same():
+    data = data_of([0] * 20 + [1] * 30 + [2] * 10)
+    one, again = (common.choose_tests(data, False, 15).test for _ in range(2))
+    assert [item.label for item in one] == [0] * 5 + [1] * 5 + [2] * 5
+    assert len(set(one)) == 15 and one == again != data.test
 
 
-# ---------------------------------------------------------------- base and new classes
-
-def test_of_an_odd_number_of_classes_the_middle_one_is_a_base_class():
-    items, names = items_of([0, 1, 2, 3, 4]), list("abcde")
-    assert common.half(items, names, new=False)[1] == ["a", "b", "c"]
-    assert common.half(items, names, new=True)[1] == ["d", "e"]
-
-
-def test_both_halves_together_hold_every_image_once():
-    items, names = items_of([0, 1, 2, 3, 4] * 2), list("abcde")
-    base, new = (common.half(items, names, new)[0] for new in (False, True))
-    assert sorted(item.path for item in base + new) == sorted(item.path for item in items)
+def test_settings_are_chosen_on_validation_images():
+    data = data_of([0, 1, 0, 1])
+    data.val = data.test[:2]
+    assert common.choose_tests(data, True, None).test == data.val
+    assert common.choose_tests(data, False, None).test == data.test and len(data.test) == 4
 
 
-def test_new_classes_are_labelled_from_0():
-    new, _ = common.half(items_of([0, 1, 2, 3, 4]), list("abcde"), new=True)
-    assert [(item.label, item.classname) for item in new] == [(0, "class 3"), (1, "class 4")]
+def test_parts_are_the_halves_with_their_own_classes_then_the_data_sets_of_transfer():
+    other = data_of([0, 1])
+    base, new, last = common.make_parts(data_of([0, 1, 2, 3, 4]), [other], base_to_new=True)
+    assert (base.name, new.name, last.name) == ("base", "new", "made up")
+    assert new.classes == [(3, "class 3"), (4, "class 4")]      # labels of the data set
+    assert [item.label for item in new.items] == [0, 1]         # places in `classes`
+    assert (base.transfer, new.transfer, last.transfer) == (False, False, True)
+
+
+# ---------------------------------------------------------------- image features
+
+@pytest.fixture
+def some(tmp_path):
+    """A data set of ten images of noise, one of them twice."""
+    paths = make_images(tmp_path / "noise", 9)
+    copy = tmp_path / "copy.jpg"
+    copy.write_bytes(paths[0].read_bytes())
+    data = data_of([0, 1])
+    data.test = [Item(path, 0, "") for path in [*paths, copy]]
+    return data
+
+
+def test_image_features_are_open_clips_of_images_prepared_by_its_own_transform(tiny, some):
+    *_, transform = open_clip.create_model_and_transforms(f"local-dir:{common.TINY_CLIP}")
+    pixels = torch.stack([transform(Image.open(item.path)) for item in some.test])
+    expected = tiny.model.encode_image(pixels, normalize=True)
+    assert torch.allclose(common.encode_images(tiny, some, some.test), expected, atol=1e-5)
+
+
+def test_features_of_an_image_or_view_are_the_same_to_the_bit_in_any_company(tiny, some):
+    plain = common.encode_images(tiny, some, some.test)
+    views = common.encode_images(tiny, some, some.test, views=[0, 1, 2])
+    assert plain.shape == (10, 128) and views.shape == (10, 3, 128)
+    alone = common.encode_images(tiny, some, some.test[4:5])
+    one_view = common.encode_images(tiny, some, some.test[4:6], views=[2])
+    assert torch.equal(alone[0], plain[4]) and torch.equal(one_view[:, 0], views[4:6, 2])
+    assert not torch.equal(views[4, 1], views[4, 2])
+
+
+def test_features_in_the_cache_are_not_computed_again(tiny, some, tmp_path):
+    def refuse(pixels):
+        raise AssertionError("encoded again")
+
+    cache, later = tmp_path / "cache", common.encode_images(tiny, some, some.test[6:])
+    common.encode_images(tiny, some, some.test[:6], cache)
+    found = common.encode_images(tiny, some, some.test, cache)
+    again = common.encode_images(tiny, some, some.test[::-1], cache, encode=refuse)
+    assert torch.equal(again.flip(0), found) and torch.equal(found[6:], later)
+    with pytest.raises(AssertionError, match="encoded again"):
+        common.encode_images(tiny, some, some.test, cache, views=[0], encode=refuse)
+
+
+def test_training_images_are_cropped_and_flipped_at_random(tiny):
+    crop, flip, _ = tiny.augment(common.Data.crop).transforms
+    assert type(crop).__name__ == "RandomResizedCrop" and crop.size == (64, 64)
+    assert crop.scale == (0.08, 1.0) and tuple(crop.ratio) == (3 / 4, 4 / 3)
+    assert crop.interpolation == InterpolationMode.BICUBIC
+    assert type(flip).__name__ == "RandomHorizontalFlip" and flip.p == 0.5
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_amp_encodes_images_in_16_bits_and_zero_shot_predictions_stay(
+        tiny, root, monkeypatch, dtype):
+    monkeypatch.setattr(common, "feature_dtype", lambda *_: dtype)
+    clip = common.load_clip.__wrapped__(precision="amp")
+    assert {p.dtype for p in clip.visual.parameters()} == {dtype}
+    assert {p.dtype for p in clip.model.parameters()} == {torch.float32}
+    assert clip.image_key != tiny.image_key                     # the cache keeps them apart
+    data = common.choose_tests(common.load_data("shapes", root), False, 24)
+    w = common.template_features(tiny, data.template, data.classnames)
+    f, f_16 = (common.encode_images(some, data, data.test) for some in (tiny, clip))
+    assert f_16.dtype == torch.float32 and torch.allclose(f_16.norm(dim=-1), torch.ones(24))
+    p, p_16 = ((tiny.logit_scale * x @ w.T).softmax(-1) for x in (f, f_16))
+    assert 0 < (p - p_16).abs().max() < 0.05
+
+
+@pytest.mark.parametrize("precision, units, dtype, said", [
+    ("fp32", True, torch.float32, ""), ("amp", True, torch.bfloat16, ""),
+    ("amp", False, torch.float32, "no bf16 units")])
+def test_a_cpu_encodes_in_bf16_only_if_it_has_bf16_units(
+        monkeypatch, capsys, precision, units, dtype, said):
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: units)
+    assert common.feature_dtype("cpu", precision) == dtype
+    assert said in capsys.readouterr().out
 
 
 # ---------------------------------------------------------------- prompts to class features
 
-NAMES = ["blue arrow", "a_thing with (many) more words", "heart"]
+NAMES = ["blue arrow", "a_thing with (many) more words", "heart", "ring", "red star", "cross"]
+CLASSES = [*NAMES, "very large green ring"]
 
 
-@pytest.mark.parametrize("encode_text", [common.encode_text, common.plain_encode_text])
-def test_a_written_prompt_has_the_features_that_open_clip_gives_it(tiny, encode_text):
-    texts = [f"a photo of a {name}." for name in NAMES]
-    start, end = common.start_end(tiny)
-    with torch.no_grad():
-        found = encode_text(tiny, [[start, common.embed(tiny, text), end] for text in texts])
-        expected = tiny.model.encode_text(tiny.tokenizer(texts), normalize=True)
-    assert torch.allclose(found, expected, atol=1e-5)
+def resnet():
+    """RN50's form: a ResNet for images; the text encoder has GELU where `small_clip` has Quick."""
+    vision = {"image_size": 32, "layers": (1, 1, 1, 1), "width": 8}
+    return as_clip(open_clip.CLIP(16, vision, {"width": 64, "heads": 4, "layers": 2}))
 
 
-def test_underscores_in_a_class_name_are_spaces(tiny):
-    a, b = common.template_features(tiny, "a photo of a {}.", ["red_heart", "red heart"])
-    assert torch.allclose(a, b, atol=1e-6)
+def custom_text():
+    """A CustomTextCLIP whose projection is a linear layer and whose blocks have layer scales."""
+    vision = {"image_size": 32, "layers": 1, "width": 64, "patch_size": 8}
+    text = {"width": 64, "heads": 4, "layers": 2, "proj_bias": True, "ls_init_value": 0.3}
+    return as_clip(open_clip.CustomTextCLIP(16, vision, text))
+
+
+def plain_encode_text(clip, prompts):
+    """open_clip's own encode_text, 77 tokens long: `prompts` replace the tokens' embeddings."""
+    lengths = [sum(map(len, parts)) for parts in prompts]
+    x = torch.stack([F.pad(torch.cat(parts), (0, 0, 0, 77 - length))
+                     for parts, length in zip(prompts, lengths)])
+    tokens = torch.zeros(len(prompts), 77, dtype=torch.long)
+    tokens[torch.arange(len(prompts)), torch.tensor(lengths) - 1] = clip.tokenizer.eot_token_id
+    with clip.text.token_embedding.register_forward_hook(lambda *_: x):
+        return clip.model.encode_text(tokens, normalize=True)
+
+
+@pytest.mark.parametrize("chunk", [128, 3])
+@pytest.mark.parametrize("context", ["shared", "own"])
+@pytest.mark.parametrize("make", [lambda: small_clip(**SMALL), resnet, custom_text],
+                         ids=["ViT", "ResNet", "CustomTextCLIP"])
+def test_class_features_and_their_gradients_are_those_of_the_plain_encoder(make, context, chunk):
+    clip = replace(make(), class_chunk=chunk)
+    (start, end), names = common.start_end(clip), common.name_embeddings(clip, CLASSES)
+    v = torch.randn(5, start.shape[1], requires_grad=True)
+    if context == "shared":
+        w = common.encode_text(clip, [start, v], [[*pair, end] for pair in names])
+    else:
+        w = common.encode_text(clip, [start], [[v, *pair, end] for pair in names])
+    plain = plain_encode_text(clip, [[start, v, *pair, end] for pair in names])
+    direction = torch.randn_like(w)
+    g, g_plain = (torch.autograd.grad(x, v, direction)[0] for x in (w, plain))
+    assert (w - plain).norm() < 1e-5 * plain.norm()
+    assert (g - g_plain).norm() < 1e-5 * g_plain.norm()
+
+
+def test_prompts_of_different_lengths_are_padded_and_their_ends_known():
+    a, b, c = torch.randn(2, 4), torch.randn(1, 4), torch.randn(3, 4)
+    x, last = common.pad([[a, b], [b], [c, a]])
+    assert x.shape == (3, 5, 4) and last.tolist() == [2, 0, 4]
+    assert torch.equal(x[0, :3], torch.cat([a, b])) and torch.equal(x[2], torch.cat([c, a]))
 
 
 @pytest.mark.parametrize("name, lengths", [
-    ("red heart", (2, 1)),
-    ("red_heart", (2, 1)),
-    ("hearts (red)", (4, 0)),       # as in CoOp's code: ")." is one token, and part of the name
-])
+    ("red heart", (2, 1)), ("red_heart", (2, 1)),
+    ("hearts (red)", (4, 0))])      # as in CoOp's code: ")." is one token, and part of the name
 def test_a_name_and_its_full_stop_are_embedded_apart(tiny, name, lengths):
     ((words, dot),) = common.name_embeddings(tiny, [name])
     assert (len(words), len(dot)) == lengths
     assert torch.equal(torch.cat([words, dot]), common.embed(tiny, name.replace("_", " ") + "."))
 
 
-@pytest.mark.parametrize("script", CONTEXT_SCRIPTS, ids=name_of)
-@pytest.mark.parametrize("position, template", [
-    ("end", "a large green {}."),
-    ("middle", "a {} large green."),
-    ("front", "{} a large green."),
-])
-def test_a_context_of_words_is_the_written_prompt(tiny, script, position, template):
-    words = common.embed(tiny, "a large green")
-    with torch.no_grad():
-        left_over = [words[:0]] if script is prograd else []
-        found = script.Prompt(tiny, words, *left_over, position).class_features(NAMES)
-    assert torch.allclose(found, common.template_features(tiny, template, NAMES), atol=1e-5)
+def test_a_template_has_the_features_that_open_clip_gives_its_texts(tiny):
+    texts = [f"a photo of a {name}.".replace("_", " ") for name in NAMES]
+    expected = tiny.model.encode_text(tiny.tokenizer(texts), normalize=True)
+    found = common.template_features(tiny, "a photo of a {}.", NAMES)
+    assert torch.allclose(found, expected, atol=1e-5)
 
 
-def features_and_gradients(clip, v, position, classes, encode_text, monkeypatch):
-    """Of a context v: its class features (C, D), and the gradients of two random sums of them."""
-    monkeypatch.setattr(common, "encode_text", encode_text)
-    names = [f"thing {k} of many" + " more" * (k % 3) for k in range(classes)]
-    prompt = coop.Prompt(clip, v.clone(), position)
-    w = prompt(common.name_embeddings(clip, names))
-    directions = torch.randn(2, *w.shape, generator=torch.Generator().manual_seed(0))
-    gradients = [torch.autograd.grad(w, prompt.v, d, retain_graph=True)[0] for d in directions]
-    return w.detach(), *gradients
+def test_of_several_templates_the_unit_norm_features_are_averaged(tiny):
+    one, two = (common.template_features(tiny, some, NAMES) for some in ("a {}.", "green {}"))
+    both = common.template_features(tiny, "a {}.|green {}", NAMES)
+    assert torch.allclose(both, F.normalize((one + two) / 2, dim=-1), atol=1e-6)
 
 
-@pytest.mark.parametrize("classes, chunk", [(1, 128), (7, 128), (7, 7), (7, 3), (7, 1)])
-@pytest.mark.parametrize("copies", ["shared", "class-specific"])
-@pytest.mark.parametrize("position", ["end", "middle", "front"])
-def test_the_quick_text_tower_agrees_with_the_plain_one(
-        tiny, monkeypatch, position, copies, classes, chunk):
-    monkeypatch.setattr(tiny, "class_chunk", chunk)
-    v = 0.02 * torch.randn(*([classes] if copies == "class-specific" else []), 5, 80)
-    quick, plain = (features_and_gradients(tiny, v, position, classes, encode_text, monkeypatch)
-                    for encode_text in (common.encode_text, common.plain_encode_text))
-    for a, b in zip(quick, plain):
-        assert (a - b).norm() < 1e-5 * b.norm()
+def test_under_autocast_class_features_are_close_and_of_full_unit_norm(tiny):
+    w, w_16 = (common.template_features(clip, "a photo of a {}.", NAMES)
+               for clip in (tiny, replace(tiny, amp=True)))
+    assert w_16.dtype == torch.float32 and not torch.equal(w, w_16)
+    assert torch.allclose(w_16.norm(dim=-1), torch.ones(len(NAMES)), atol=1e-6)
+    assert (w * w_16).sum(-1).min() > 0.999
 
 
 def test_a_name_that_is_too_long_is_named(tiny):
@@ -162,90 +249,105 @@ def test_a_name_that_is_too_long_is_named(tiny):
 
 
 def test_a_context_that_leaves_no_room_for_the_name_points_to_the_flag(tiny):
-    with pytest.raises(common.Problem, match="--n-ctx"):
-        coop.Prompt(tiny, torch.zeros(76, 80)).class_features(["arrow"])
+    start, end = common.start_end(tiny)
+    common.encode_text(tiny, [start, torch.zeros(74, 80)], [[start, end]])      # 77 tokens
+    with pytest.raises(common.Problem, match="78 tokens, CLIP reads 77.* --n-ctx"):
+        common.encode_text(tiny, [start, torch.zeros(75, 80)], [[start, end]])
 
 
-def test_the_nearest_words_of_words_are_these_words(tiny):
-    words = common.embed(tiny, "a large green heart")
-    nudged = words + 1e-3 * torch.randn_like(words)
-    assert common.nearest_words(tiny, nudged) == "a large green heart"
+# ---------------------------------------------------------------- batches
+
+def run_of(images, *flags):
+    """A Run with made-up features, f of image k in view j is (k, j)."""
+    run = make_run(small_clip(**SMALL), coop, ["a", "b"], [], *flags)
+    run.items, run.labels = range(images), torch.arange(images) % 2
+    k, j = torch.meshgrid(torch.arange(images), torch.arange(run.args.views), indexing="ij")
+    run.features = torch.stack([k, j], -1)                              # (N, V, 2)
+    return run
 
 
-# ---------------------------------------------------------------- threads
-
-@pytest.mark.parametrize("backbone, environment, asked", [
-    ([], None, [1]),
-    ([], "2", []),
-    (["--backbone", "ViT-B-16", "--pretrained", "random"], None, []),
-], ids=["the tiny CLIP", "as the environment says", "as PyTorch says"])
-def test_only_the_tiny_clip_is_kept_to_one_thread(
-        tmp_path, monkeypatch, backbone, environment, asked):
-    called = []
-    monkeypatch.setattr(torch, "set_num_threads", called.append)
-    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    if environment:
-        monkeypatch.setenv("OMP_NUM_THREADS", environment)
-    flags = common.flags("", lr=1, batch_size=1, n_ctx=1)
-    argv = ["--device", "cpu", "--out", str(tmp_path / "r.jsonl"), *backbone]
-    common.load_clip(common.parse(flags, argv))
-    assert called == asked
+def epoch_of(run, epoch):
+    """The images, views and labels of an epoch's batches."""
+    return [(f[:, 0].tolist(), f[:, 1].tolist(), y) for f, y in common.Run.batches(run, epoch)]
 
 
-def test_tables_are_printed_without_pytorch(tmp_path):
-    command = [sys.executable, "-X", "importtime", HERE / "common.py", "--data"]
-    done = subprocess.run([*command, "--data-root", tmp_path], capture_output=True, text=True)
-    assert done.returncode == 0 and "eurosat" in done.stdout
-    imported = {line.split("|")[-1].strip() for line in done.stderr.splitlines()}
-    assert "data.compare" in imported and "torch" not in imported
+@pytest.mark.parametrize("images, sizes", [(70, [32, 32]), (64, [32, 32]), (10, [10])])
+def test_an_incomplete_last_batch_is_dropped_unless_it_is_the_only_one(images, sizes):
+    assert [len(y) for *_, y in epoch_of(run_of(images), 0)] == sizes
 
 
-# ---------------------------------------------------------------- the house's rules
-
-PYTHON = sorted(file for folder in ("", "data", "tests", "tests/reference")
-                for file in (HERE / folder).glob("*.py"))
-LONG_LINES_ALLOWED = set()      # files that are tables of data
-
-
-@pytest.mark.parametrize("file", PYTHON, ids=lambda file: str(file.relative_to(HERE)))
-def test_no_line_is_longer_than_100_columns(file):
-    if file.relative_to(HERE).as_posix() not in LONG_LINES_ALLOWED:
-        lines = enumerate(file.read_text().splitlines(), 1)
-        assert not [number for number, line in lines if len(line) > 100]
+def test_images_are_shuffled_anew_in_every_epoch_and_appear_once():
+    run = run_of(64)
+    orders = [sum((some for some, *_ in epoch_of(run, epoch)), []) for epoch in range(3)]
+    assert all(sorted(order) == list(range(64)) for order in orders)
+    assert len({tuple(order) for order in [*orders, range(64)]}) == 4
+    run.seed = 2
+    assert epoch_of(run, 0)[0][0] != orders[0][:32]
 
 
-@pytest.mark.parametrize("script", SCRIPTS, ids=name_of)
-def test_a_script_imports_common_pytorch_and_nothing_else(script):
-    tree = ast.parse(inspect.getsource(script))
-    imports = [node for node in ast.walk(tree) if isinstance(node, (ast.Import, ast.ImportFrom))]
-    names = {getattr(node, "module", alias.name) for node in imports for alias in node.names}
-    assert names <= {"common", "math", "torch", "torch.nn.functional"}
+def test_each_image_appears_as_one_of_its_views_with_its_label():
+    run = run_of(64, "--views", "10")
+    epochs = [batch for epoch in range(10) for batch in epoch_of(run, epoch)]
+    views = torch.tensor([views for _, views, _ in epochs]).flatten()
+    assert all(count > 30 for count in torch.bincount(views, minlength=10).tolist())
+    assert all((y == torch.tensor(rows) % 2).all() for rows, _, y in epochs)
 
 
-@pytest.mark.parametrize("passage, one, other", [
-    ("Prompt.forward", coop, mvp_mi),
-    ("Prompt.class_features", coop, prograd),
-    ("first_context", coop, mvp_mi),
-])
-def test_what_scripts_share_is_the_same_to_the_letter(passage, one, other):
-    a, b = (inspect.getsource(attrgetter(passage)(script)) for script in (one, other))
-    assert a == b
+def test_without_views_every_epoch_encodes_fresh_crops(monkeypatch):
+    run, asked = run_of(64, "--views", "0"), []
+
+    def encode_views(_, views, cache):
+        asked.append((views, cache))
+        return torch.full((64, 1, 2), float(views[0]))
+
+    monkeypatch.setattr(common.Run, "encode_views", encode_views)
+    run.features = torch.zeros(64, 1, 2)                                # of Run.start
+    found = [f.unique().item() for epoch in range(3) for f, _ in common.Run.batches(run, epoch)]
+    assert found == [0, 0, 1, 1, 2, 2] and asked == [([1], None), ([2], None)]
 
 
-@pytest.mark.parametrize("script", [prograd, mvp_mi], ids=name_of)
-def test_the_update_is_described_in_the_same_words_as_coops(script):
-    ours, coops = (re.search(r"    u <- .*?\n\n", s.__doc__, re.S)[0] for s in (script, coop))
-    assert ours == coops
+# ---------------------------------------------------------------- the record and evaluation
+
+def test_a_record_has_means_over_the_steps_of_each_epoch():
+    run = run_of(1)
+    for epoch, loss in ((0, 1.0), (0, 3.0), (1, 5.0)):
+        run.log(epoch, loss=loss, shift=torch.tensor([loss, 2 * loss]))
+    assert run.history() == {"loss": [2, 5], "shift": [[2, 4], [5, 10]]}
 
 
-@pytest.mark.parametrize("script", SCRIPTS, ids=name_of)
-def test_what_to_try_first_are_commands_of_that_script(script, tmp_path, monkeypatch):
-    commands = re.findall(r"python (\w+)\.py(.*)", script.__doc__.split("Try first:")[1])
-    monkeypatch.setattr(common, "runs", lambda *_, **__: [])
-    monkeypatch.chdir(tmp_path)
-    for name, flags in commands:
-        assert name == script.__name__
-        flags = flags.split("  ")[0]                        # what is behind it is a comment
-        monkeypatch.setattr(sys, "argv", [f"{name}.py", *shlex.split(flags)])
-        script.main()
-    assert len(commands) in (2, 3)
+def test_a_training_that_diverges_ends_after_the_epoch(tiny):
+    run = run_of(1)
+    run.log(0, loss=1.0)
+    run.log(1, loss=math.nan)
+    with pytest.raises(common.Problem, match="epoch 2, with loss nan: .*smaller --lr than 0.002"):
+        run.log(2, loss=1.0)
+
+
+def test_parameters_that_are_not_finite_are_no_result():
+    prompt = torch.nn.ParameterList([torch.tensor([1.0, math.inf])])
+    with pytest.raises(common.Problem, match="training failed"):
+        run_of(1).finish(prompt)
+
+
+class Fixed:
+    """A prompt with given class features."""
+
+    def __init__(self, w):
+        self.w = w
+
+    def class_features(self, part):
+        return self.w
+
+
+def test_accuracies_divergence_and_counts_of_predictions_made_by_hand():
+    run = run_of(1)
+    part = common.Part("", run.data, items_of([0, 0, 0, 1]), run.classes)
+    part.features = F.normalize(torch.tensor([[1, 0.2], [0.9, 1], [0.5, 1], [0, 1]]), dim=-1)
+    part.zero_shot, w = torch.eye(2), F.normalize(torch.tensor([[1.0, 0.5], [0, 1]]), dim=-1)
+    found = run.evaluate(Fixed(w), part)
+    assert found["zero_shot"] == 50                 # images 0 and 3
+    assert found["accuracy"] == 75                  # w_0 has come nearer to image 1
+    assert found["counts"] == [[2, 1], [0, 1]]
+    zero_shot, p = ((100 * part.features @ some.T).softmax(-1) for some in (part.zero_shot, w))
+    kl = sum((a * (a.log() - b.log())).sum() for a, b in zip(zero_shot.double(), p.double())) / 4
+    assert found["kl"] == pytest.approx(kl.item(), rel=1e-4)

@@ -1,4 +1,4 @@
-"""What --export writes is enough to repeat a run, in NumPy as far as no text tower is needed."""
+"""What --export writes is enough to repeat a run in another program, without images."""
 
 import json
 
@@ -11,14 +11,15 @@ from safetensors import safe_open
 
 @pytest.fixture
 def exported(cli, tmp_path):
-    """An exported run: its arrays, its metadata and its record."""
+    """Export a run: its arrays, its metadata and its record."""
     def export(method, *flags):
         file = tmp_path / f"{method}.safetensors"
         run = cli(method, "--epochs", 3, "--views", 2, "--batch-size", 16, "--base-to-new",
                   *flags, export=file)
         assert run.status == 0, run.err
         with safe_open(file, "np") as content:
-            told = {name: json.loads(value) for name, value in content.metadata().items()}
+            told = {name: value if name == "kind" else json.loads(value)
+                    for name, value in content.metadata().items()}
             return {name: content.get_tensor(name) for name in content.keys()}, told, run.records[0]
     return export
 
@@ -29,26 +30,8 @@ def cross_entropy(logits, labels):
     return (log_sum - logits[np.arange(len(labels)), labels]).mean()
 
 
-def test_replay_without_a_tower(exported):
-    """Schedule, batches, logits, loss and accuracy. The first epoch's learning rate is 1e-5: its
-    loss is still that of the context it starts from."""
-    a, told, record = exported("coop")
-    lr, epochs = told["flags"]["lr"], told["flags"]["epochs"]
-    cosine = [lr * (1 + np.cos(np.pi * (e - 1) / epochs)) / 2 for e in range(1, epochs)]
-    assert np.allclose(a["learning_rates"], [1e-5, *cosine])
-    f = a["features"][a["rows"], a["crops"]]                            # (epochs, steps, B, D)
-    y = a["labels"][a["rows"]]                                          # (epochs, steps, B)
-    w = a["base/start"]                                                 # the base half is learned
-    losses = [cross_entropy(told["logit_scale"] * x @ w.T, t) for x, t in zip(f[0], y[0])]
-    assert np.mean(losses) == pytest.approx(told["log"]["loss"][0], rel=1e-3)
-    for part in ("base", "new"):
-        for name, found in (("zero_shot", f"zero_shot_{part}"), ("end", part)):
-            predicted = (a[f"{part}/features"] @ a[f"{part}/{name}"].T).argmax(1)
-            assert 100 * (predicted == a[f"{part}/labels"]).mean() == pytest.approx(record[found])
-
-
-def text_tower(model, prompts):
-    """Class features of prompts (L, W), of any lengths, written with open_clip's modules alone."""
+def text_encoder(model, prompts):
+    """Return the class features of prompts (L, W), with open_clip's modules alone."""
     features = []
     for x in prompts:
         length = len(x)
@@ -59,18 +42,47 @@ def text_tower(model, prompts):
     return F.normalize(torch.stack(features), dim=-1)
 
 
-def test_a_whole_training_from_the_file_and_a_text_tower(exported, tiny):
-    """CoOp's, in another program: from start/v to end/v."""
-    a, told, _ = exported("coop")
+def test_schedule_loss_and_accuracies_are_repeated_in_numpy(exported):
+    """The first epoch's learning rate is 1e-5: its loss is still that of the context at the start."""
+    a, told, record = exported("coop")
+    lr, epochs = told["flags"]["lr"], told["flags"]["epochs"]
+    cosine = [lr * (1 + np.cos(np.pi * (e - 1) / epochs)) / 2 for e in range(1, epochs)]
+    assert np.allclose(a["learning_rates"], [1e-5, *cosine])
+    f = a["features"][a["rows"], a["crops"]]                            # (epochs, steps, B, D)
+    y = a["labels"][a["rows"]]                                          # (epochs, steps, B)
+    w = a["base/start"]
+    losses = [cross_entropy(told["logit_scale"] * x @ w.T, t) for x, t in zip(f[0], y[0])]
+    assert np.mean(losses) == pytest.approx(told["log"]["loss"][0], rel=1e-3)
+    for part in ("base", "new"):
+        for name, found in (("zero_shot", f"zero_shot_{part}"), ("end", part)):
+            predicted = (a[f"{part}/features"] @ a[f"{part}/{name}"].T).argmax(1)
+            assert 100 * (predicted == a[f"{part}/labels"]).mean() == pytest.approx(record[found])
+
+
+@pytest.mark.parametrize("method", ["coop", "prograd"])
+def test_a_whole_training_is_repeated_with_a_text_encoder(exported, tiny, method):
+    """From start/v and the numbers of the tokens to end/v."""
+    a, told, _ = exported(method)
     optimizer, tokens, model = told["optimizer"], told["tokens"]["base"], tiny.model
-    start, end, *names = (model.token_embedding(torch.tensor(numbers)) for numbers in (
-        [tokens["start_of_text"]], [tokens["end_of_text"]], *tokens["names_with_full_stop"]))
-    v, u = torch.tensor(a["start/v"], requires_grad=True), 0
+    embed = {name: [model.token_embedding(torch.tensor(numbers)) for numbers in lists]
+             for name, lists in tokens.items() if name not in ("name_lengths", "templates")
+             and isinstance(lists, list)}
+    start, end = (model.token_embedding(torch.tensor([tokens[name]]))
+                  for name in ("start_of_text", "end_of_text"))
+    templates = [torch.cat([start, x, end]) for x in embed["prograd_templates"]]
+    w_zs = text_encoder(model, templates).detach()
+    v, u, tau = torch.tensor(a["start/v"], requires_grad=True), 0, told["logit_scale"]
     for lr, rows, crops in zip(a["learning_rates"], a["rows"], a["crops"]):
         for row, crop in zip(rows, crops):
             f, y = (torch.from_numpy(x) for x in (a["features"][row, crop], a["labels"][row]))
-            w = text_tower(model, [torch.cat([start, v, name, end]) for name in names])
-            (g,) = torch.autograd.grad(F.cross_entropy(told["logit_scale"] * f @ w.T, y), v)
+            names = [torch.cat([start, v, x, end]) for x in embed["names_with_full_stop"]]
+            logits = tau * f @ text_encoder(model, names).T
+            (g,) = torch.autograd.grad(F.cross_entropy(logits, y), v, retain_graph=True)
+            if method == "prograd":
+                p_zs = (tau * f @ w_zs.T).softmax(-1)
+                (g_g,) = torch.autograd.grad(-(p_zs * logits.log_softmax(-1)).sum(-1).mean(), v)
+                dot = (g * g_g).sum()
+                g = g if dot >= 0 else g - dot / g_g.square().sum() * g_g
             with torch.no_grad():
                 u = optimizer["momentum"] * u + g + optimizer["weight_decay"] * v
                 v -= lr * u
@@ -78,18 +90,33 @@ def test_a_whole_training_from_the_file_and_a_text_tower(exported, tiny):
     assert np.abs(v.detach().numpy() - a["end/v"]).max() < 1e-3 * moved
 
 
-def test_prograd_and_mvp_mi_are_exported_too(exported):
-    for method in ("prograd", "mvp_mi"):
-        a, told, _ = exported(method)
-        assert told["method"] == method and a["start/v"].shape == a["end/v"].shape
-        assert not np.allclose(a["start/v"], a["end/v"])
-        assert set(told["tokens"]) == {"base", "new"}
+def test_mvp_mi_is_exported_and_its_parts_are_named(exported):
+    a, told, record = exported("mvp_mi", "--transfer", "scenes")
+    assert (told["kind"], told["method"]) == ("export", "mvp_mi")
+    assert set(told["tokens"]) == set(told["results"]) == {"base", "new", "scenes"}
+    assert told["results"]["scenes"]["accuracy"] == record["transfer"]["scenes"]["accuracy"]
+    assert not np.allclose(a["start/v"], a["end/v"]) and "scenes/end" in a
+
+
+@pytest.mark.xfail(reason="bug: tokens() formats 'A|B' as one template, after the training",
+                   strict=True, raises=IndexError)
+def test_several_templates_are_exported_one_by_one(exported, tiny):
+    _, told, _ = exported("coop", "--template", "a photo of a {}.|a {}.")
+    first, *_ = told["classnames"]
+    numbers = [tiny.tokenizer.encode(f"a {first}."), tiny.tokenizer.encode(f"a photo of a {first}.")]
+    assert told["tokens"]["base"]["templates"][0] in (numbers, numbers[::-1])
+
+
+def bug(*case):
+    return pytest.param(*case, marks=pytest.mark.xfail(
+        reason="bug: said after the training, whose record is lost", strict=True))
 
 
 @pytest.mark.parametrize("method, flags, named", [
-    ("restore", [], "pixels"), ("coop", ["--views", 0], "--views 0"),
+    bug("restore", [], "pixels"), ("coop", ["--views", 0], "--views"),
     ("coop", ["--shots", "1,2"], "a single run"), ("coop", ["--seeds", "1,2"], "a single run")])
-def test_what_cannot_be_exported_is_said_before_the_training(cli, tmp_path, method, flags, named):
+def test_what_cannot_be_exported_is_said_before_the_training(
+        cli, tmp_path, monkeypatch, method, flags, named):
+    monkeypatch.setattr(f"{method}.train", lambda *_: pytest.fail("has begun to train"))
     run = cli(method, *flags, export=tmp_path / "run.safetensors")
     assert run.status == 2 and named in run.err and run.err.count("\n") == 1
-    assert not list(tmp_path.glob("*.safetensors"))

@@ -1,451 +1,301 @@
-"""What a run leaves behind, what it says, and how the runs of one command are dealt out."""
+"""Saved prompts, which know where they come from, and the runs of one command."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
-import torch
-from conftest import made_up_pictures
+from conftest import make_images
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import common
 import coop
-from data import records
 
-HERE = Path(__file__).parent.parent
 QUICK = ("--epochs", 1, "--views", 1, "--shots", 1)
-TINY = HERE / "data" / "tiny_clip"
+METHODS = ["coop", "prograd", "mvp_mi", "restore"]
+TINY = f"local-dir:{common.TINY_CLIP}"
 
 
 def refused(run, *words):
-    """One line on stderr that has the words in it, status 2, nothing recorded."""
-    assert run.status == 2 and not run.records, run.out
+    """Status 2, nothing recorded, and one line on stderr that has the words in it."""
+    assert run.status == 2 and not run.records, run.out + run.err
     assert len(run.err.splitlines()) == 1 and "Traceback" not in run.err, run.err
     assert all(str(word) in run.err for word in words), run.err
+
+
+def accuracies(run):
+    assert run.status == 0, run.err
+    return [record["accuracy"] for record in run.records]
+
+
+def rewrite(file, tensors=None, **metadata):
+    """Save a prompt file's content again, with other tensors or metadata."""
+    with safe_open(file, "pt") as content:
+        metadata = {**content.metadata(), **metadata}
+    save_file(tensors or load_file(file), file, metadata)
+
+
+@pytest.fixture
+def saved(cli, tmp_path):
+    """A prompt of CoOp's in a file, of 2 shots and seed 3."""
+    file = tmp_path / "saved.safetensors"
+    cli("coop", "--epochs", 1, "--views", 1, "--shots", 2, "--seeds", 3, "--lr", 0.1, save=file)
+    return file
 
 
 @pytest.fixture
 def no_training(monkeypatch):
     """Fails the test where a training begins."""
-    monkeypatch.setattr(coop, "train", lambda *_: pytest.fail("was trained"))
+    monkeypatch.setattr(coop, "train", lambda *some: pytest.fail("was trained"))
 
 
-@pytest.fixture
-def learned(cli, tmp_path):
-    """A prompt of CoOp's, learned on `shapes` with 2 shots and seed 3."""
-    file = tmp_path / "learned.safetensors"
-    cli("coop", "--epochs", 1, "--views", 1, "--shots", 2, "--seeds", 3, save=file)
-    return file
+# ---------------------------------------------------------------- saved and loaded prompts
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_loaded_prompt_is_as_accurate_as_the_saved_one(cli, tmp_path, method):
+    flags = ("--epochs", 2, "--views", 1, "--shots", 2, "--lr", 0.1, "--base-to-new")
+    trained = cli(method, *flags, transfer="forms", save=tmp_path / "saved").records[0]
+    loaded = cli(method, "--base-to-new", transfer="forms", load=tmp_path / "saved").records[0]
+    for name in ("base", "new", "zero_shot_base", "kl", "confusion", "transfer", "shots", "seed"):
+        assert loaded[name] == trained[name], name
+    assert "loss" not in loaded
 
 
-# ---------------------------------------------------------------- recorded first, printed then
-
-class Broken:
-    """A standard output that takes nothing."""
-    encoding = "utf-8"
-
-    def __init__(self, error):
-        self.error = error
-
-    def write(self, text):
-        raise self.error
-
-    def flush(self):
-        pass
-
-    def isatty(self):
-        return False
+def test_a_prompt_file_brings_data_set_template_and_training_flags(cli, tmp_path, no_training):
+    own = ("--position", "front", "--n-ctx", 3, "--batch-size", 2, "--template", "{} night.")
+    file = tmp_path / "saved"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(coop, "train", lambda prompt, run: prompt.v.data.add_(0.1))
+        trained = cli("coop", *QUICK, *own, dataset="forms", save=file).records[0]
+    loaded = cli("coop", load=file).records[0]
+    assert (loaded["dataset"], loaded["data"]) == ("forms", trained["data"])
+    assert loaded["accuracy"] == trained["accuracy"]
+    for name in ("position", "n_ctx", "batch_size", "template", "epochs", "lr", "backbone"):
+        assert loaded["flags"][name] == trained["flags"][name]
 
 
-@pytest.mark.parametrize("error", [BrokenPipeError(32, "Broken pipe"), OSError(28, "No space")])
-def test_a_run_whose_output_cannot_be_written_has_its_record(cli, monkeypatch, error):
-    monkeypatch.setattr(sys, "stdout", Broken(error))
-    assert len(cli("coop", *QUICK).records) == 1
+@pytest.mark.parametrize("flags", [("--epochs", 2), ("--batch-size", 5), ("--shots", 4),
+                                   ("--seeds", 1), ("--n-ctx", 3), ("--position", "front")])
+def test_flags_that_contradict_the_prompt_file_are_refused(cli, saved, flags):
+    refused(cli("coop", *flags, load=saved), saved, flags[0].strip("-s"))
 
 
-def test_a_run_whose_stderr_is_closed_has_its_record(root, tmp_path):
-    flags = [*QUICK, "--data-root", root, "--cache", root / "cache", "--out", tmp_path / "r.jsonl"]
-    command = map(str, [sys.executable, HERE / "coop.py", *flags, "2>&-"])
-    assert subprocess.run(" ".join(command), shell=True, stdout=subprocess.DEVNULL).returncode == 0
-    assert len((tmp_path / "r.jsonl").read_text().splitlines()) == 1
+def test_flags_that_repeat_the_prompt_file_are_taken(cli, saved):
+    same = ("--epochs", 1, "--shots", 2, "--seeds", 3, "--lr", 0.1)
+    assert len(accuracies(cli("coop", *same, load=saved))) == 1
 
 
-def test_a_full_disk_is_said_of_the_results_by_name(cli, monkeypatch):
-    def full(*_):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(records, "open", full, raising=False)
-    refused(cli("coop", *QUICK), "results.jsonl", "No space left")
+def test_a_prompt_is_tested_with_the_flags_of_a_test(cli, saved):
+    (record,) = cli("coop", "--template", "{} night.", "--test-images", 24, load=saved).records
+    assert record["changed"]["template"] == "{} night." and record["flags"]["test_images"] == 24
+    assert sum(map(sum, record["confusion"]["all classes"])) == 24
 
 
-# ---------------------------------------------------------------- --save
-
-def test_saving_onto_the_results_is_refused(cli, tmp_path, no_training):
-    out = tmp_path / "results.jsonl"
-    refused(cli("coop", save=tmp_path / "x" / ".." / "results.jsonl", out=out), "--out")
-
-
-def test_saving_onto_what_is_no_plain_file_is_refused(cli, tmp_path, no_training):
-    os.mkfifo(tmp_path / "pipe")
-    refused(cli("coop", save=tmp_path / "pipe"), "pipe", "plain file")
-    refused(cli("coop", save=tmp_path), tmp_path, "plain file")
+def test_another_data_set_is_tested_with_its_own_template(cli, tmp_path):
+    cli("coop", *QUICK, "--template", "{} night.", dataset="forms", save=tmp_path / "saved")
+    loaded = cli("coop", load=tmp_path / "saved", dataset="scenes").records[0]
+    plain = cli("coop", *QUICK, dataset="scenes").records[0]
+    assert loaded["zero_shot"] == plain["zero_shot"] and loaded["data"] == plain["data"]
 
 
-def test_saving_onto_a_link_is_refused(cli, tmp_path, no_training):
-    (tmp_path / "link").symlink_to(tmp_path / "elsewhere")
-    refused(cli("coop", save=tmp_path / "link"), "link")
+def test_a_class_is_predicted_from_a_prompt_file_alone(cli, tmp_path, root):
+    image = next((root / "shapes/images/red_heart").iterdir())
+    flags = ("--base-to-new", "--predict", image)
+    trained = cli("coop", *QUICK, "--predict", image, save=tmp_path / "all")
+    loaded = cli("coop", "--predict", image, load=tmp_path / "all", data_root=tmp_path / "none")
+    assert loaded.status == 0 and not (tmp_path / "none/shapes").exists() and not loaded.records
+    assert loaded.out in trained.out and "red heart" in loaded.out
+    lines = [line.split() for line in loaded.out.splitlines()[2:]]
+    assert len(lines) == 5 and float(lines[0][2]) >= float(lines[1][2])
+
+    cli("coop", *QUICK, *flags, save=tmp_path / "base")         # of base classes only
+    classes = json.loads(safe_open(tmp_path / "base", "pt").metadata()["origin"])["classes"]
+    loaded = cli("coop", "--predict", image, load=tmp_path / "base", data_root=tmp_path / "none")
+    names = {name.replace("_", " ") for _, name in classes}
+    assert all(" ".join(line.split()[:-3]) in names for line in loaded.out.splitlines()[2:0])
 
 
-def test_recording_onto_what_is_no_plain_file_is_refused(cli, tmp_path, no_training):
-    os.mkfifo(tmp_path / "pipe")
-    refused(cli("coop", out=tmp_path / "pipe"), "pipe", "plain file")
+def test_a_transfer_is_tested_beside_a_prediction(cli, saved, root):
+    image = next((root / "shapes/images/red_heart").iterdir())
+    run = cli("coop", "--predict", image, load=saved, transfer="forms")
+    assert "forms" in run.records[0]["transfer"] and str(image) in run.out
 
 
-@pytest.mark.parametrize("name", ["{shots:>9999999999}", "{shots[0]}", "{shots!r}", "{", "{0}"])
-def test_only_shots_and_seed_are_filled_in(cli, tmp_path, name, no_training):
-    refused(cli("coop", save=tmp_path / name), "{shots} and {seed}")
+def test_classes_that_a_prompt_has_learned_are_not_new(cli, saved, tmp_path, root):
+    refused(cli("coop", "--base-to-new", load=saved), saved, "new half")
+    refused(cli("coop", "--base-to-new", load=saved, dataset="shapes_clean"), saved)
+    assert cli("coop", "--base-to-new", load=saved, dataset="scenes").status == 0
 
 
-def test_what_is_saved_goes_over_what_was_saved(cli, learned):
-    before = learned.read_bytes()
-    assert cli("coop", *QUICK, save=learned).status == 0 and learned.read_bytes() != before
+def test_contexts_of_other_classes_are_refused(cli, tmp_path):
+    cli("coop", *QUICK, "--class-specific", save=tmp_path / "own")
+    assert cli("coop", load=tmp_path / "own").status == 0
+    refused(cli("coop", load=tmp_path / "own", dataset="scenes"), "of other classes")
 
 
-@pytest.mark.skipif(not (HERE / ".git").exists(), reason="not a git checkout")
-def test_git_does_not_see_what_is_saved_in_the_repository():
-    for file, ignored in (("ctx.safetensors", True), ("data/tiny_clip/a.safetensors", False),
-                          ("tests/reference/a.safetensors", False)):
-        found = subprocess.run(["git", "check-ignore", "-q", file], cwd=HERE)
-        assert (found.returncode == 0) == ignored, file
+def test_mvp_mi_keeps_its_template_and_its_trained_classes(cli, tmp_path):
+    file, scenes = tmp_path / "saved", {"transfer": "scenes"}
+    with_transfer = cli("mvp_mi", *QUICK, **scenes, save=file).records[0]
+    alone = cli("mvp_mi", *QUICK, "--again").records[0]
+    loaded = cli("mvp_mi", load=file).records[0]
+    elsewhere = cli("mvp_mi", load=file, dataset="scenes").records[0]
+    again = cli("mvp_mi", load=file, **scenes).records[0]
+    assert with_transfer["accuracy"] == alone["accuracy"] == loaded["accuracy"]
+    target = with_transfer["transfer"]["scenes"]
+    assert again["transfer"]["scenes"] == target
+    assert elsewhere["accuracy"] == target["accuracy"]
 
 
-# ---------------------------------------------------------------- --load
-
-def test_what_is_loaded_carries_its_shots_seed_and_data_set(cli, learned):
-    run = cli("coop", "--dataset", "scenes", load=learned)
-    assert run.out.startswith("scenes with what was learned on shapes, 2 shots, seed 3 ")
-    (record,) = run.records
-    assert (record["dataset"], record["shots"], record["seed"]) == ("scenes", 2, 3)
-    assert record["loaded"] == str(learned) and "loss" not in record
+def test_words_that_prograd_has_left_over_travel_with_the_prompt(cli, tmp_path):
+    flags = ("--ctx-init", "a type of pet, a photo of a", "--lr", 0.1)     # 9 tokens, 8 words
+    trained = cli("prograd", *QUICK, *flags, save=tmp_path / "saved", transfer="forms").records[0]
+    assert len(load_file(tmp_path / "saved")["left_over"]) == 1
+    loaded = cli("prograd", load=tmp_path / "saved", dataset="forms").records[0]
+    assert loaded["accuracy"] == trained["transfer"]["forms"]["accuracy"]
 
 
-def test_class_specific_contexts_are_loaded_for_their_own_classes_only(cli, tmp_path):
-    file, flags = tmp_path / "own.safetensors", (*QUICK, "--class-specific")
-    assert cli("coop", *flags, save=file).status == cli("coop", *flags, load=file).status == 0
-    origin = {"dataset": "others", "shots": 1, "seed": 1, "protocol": "few-shot",
-              "classes": [f"class {k}" for k in range(24)]}
-    metadata = {"meaning": '{"method": "coop"}', "learned": json.dumps(origin)}
-    save_file(load_file(file), tmp_path / "others.safetensors", metadata)
-    refused(cli("coop", *flags, load=tmp_path / "others.safetensors"), "of other classes")
+# ---------------------------------------------------------------- prompt files that do not fit
+
+def test_prompts_of_another_method_or_other_weights_are_refused(cli, saved, tmp_path):
+    refused(cli("prograd", load=saved), saved, "coop", "prograd")
+    clip = shutil.copytree(common.TINY_CLIP, tmp_path / "clip")
+    tensors = load_file(clip / "open_clip_model.safetensors")
+    tensors["text_projection"] += 0.1
+    save_file(tensors, clip / "open_clip_model.safetensors")
+    refused(cli("coop", load=saved, backbone=f"local-dir:{clip}"), saved, "other weights")
 
 
-def test_a_file_is_loaded_once_whatever_the_flags_ask_for(cli, learned):
-    assert len(cli("coop", "--seeds", "1,2", load=learned).records) == 1
+def test_damaged_bits_and_other_dtypes_are_refused(cli, saved):
+    content = bytearray(saved.read_bytes())
+    tensors = load_file(saved)
+    content[-3] ^= 64
+    saved.write_bytes(content)
+    refused(cli("coop", load=saved), saved, "damaged")
+    saved.write_bytes(content[:-8])
+    refused(cli("coop", load=saved), saved)
+    content[-3] ^= 64
+    saved.write_bytes(content)
+    rewrite(saved, {"v": tensors["v"].half()})
+    refused(cli("coop", load=saved), saved)
+    assert len(accuracies(cli("coop", *QUICK))) == 1
 
 
-def test_several_files_are_loaded_one_by_one(cli, tmp_path):
-    name = tmp_path / "{seed}.safetensors"
-    trained = cli("coop", *QUICK, "--seeds", "1,2", save=name)
-    loaded = cli("coop", "--seeds", "1,2", load=name)
-    names = [Path(record["loaded"]).name for record in loaded.records]
-    assert names == ["1.safetensors", "2.safetensors"]
-    assert [r["accuracy"] for r in loaded.records] == [r["accuracy"] for r in trained.records]
+def test_tensors_of_another_form_are_refused(cli, saved):
+    v = load_file(saved)["v"][:3].clone()
+    with safe_open(saved, "pt") as content:
+        origin = json.loads(content.metadata()["origin"])
+    origin["tensors"] = common.features.tensor_digest({"v": v})
+    rewrite(saved, {"v": v}, origin=json.dumps(origin))
+    refused(cli("coop", load=saved), saved, "(3, 80)")
 
 
-def test_what_was_learned_on_all_classes_has_no_new_ones(cli, learned):
-    refused(cli("coop", "--base-to-new", load=learned), learned, "all classes")
-    assert cli("coop", "--base-to-new", "--dataset", "scenes", load=learned).status == 0
+@pytest.mark.parametrize("content", [
+    b"", b"text", b"\xff" * 8, b"\x02\0\0\0\0\0\0\0{}", b"\x02\0\0\0\0\0\0\0[]",
+    b"\x11\0\0\0\0\0\0\0" b'{"__metadata__":1}'[:17]])
+def test_what_is_no_prompt_is_refused(cli, tmp_path, content):
+    (tmp_path / "odd").write_bytes(content)
+    refused(cli("coop", load=tmp_path / "odd"), "odd", "no prompt")
 
 
-@pytest.mark.parametrize("key", ["meaning", "learned"])
-@pytest.mark.parametrize("text", ["[]", "1", "null", "[" * 10000, '"a'])
-def test_a_load_file_with_odd_metadata(cli, tmp_path, learned, key, text):
-    metadata = {"meaning": '{"method": "coop"}', "learned": "{}", key: text}
-    save_file(load_file(learned), tmp_path / "odd.safetensors", metadata)
-    refused(cli("coop", load=tmp_path / "odd.safetensors"), "odd.safetensors", "not a safetensors")
+@pytest.mark.parametrize("origin", ["{}", "[]", "null", "{", '{"method": "coop"}', "[" * 9999])
+def test_a_prompt_whose_origin_is_not_told_is_refused(cli, saved, origin):
+    rewrite(saved, origin=origin)
+    refused(cli("coop", load=saved), saved, "no prompt")
 
 
-@pytest.mark.parametrize("changed", [
-    {"seed": 2**40}, {"seed": -1}, {"shots": "4"}, {"dataset": []}, {"more": 1},
-    {"classes": [["a"]]}])
-def test_a_load_file_whose_origin_makes_no_sense(cli, tmp_path, learned, changed):
-    origin = {"dataset": "shapes", "shots": 4, "seed": 1, "protocol": "few-shot",
-              "classes": ["a"], **changed}
-    metadata = {"meaning": '{"method": "coop"}', "learned": json.dumps(origin)}
-    save_file(load_file(learned), tmp_path / "odd.safetensors", metadata)
-    refused(cli("coop", load=tmp_path / "odd.safetensors"), "odd.safetensors", "not a safetensors")
-
-
-def test_a_load_file_whose_header_is_nested_deep(cli, tmp_path):
-    header = b'{"__metadata__": ' + b"[" * 10000 + b"]" * 10000 + b"}"
-    (tmp_path / "deep").write_bytes(len(header).to_bytes(8, "little") + header)
-    refused(cli("coop", load=tmp_path / "deep"), "deep", "not a safetensors")
-
-
-def test_a_named_pipe_or_folder_is_not_loaded(cli, tmp_path):
-    os.mkfifo(tmp_path / "pipe")
-    refused(cli("coop", load=tmp_path / "pipe"), "--load", "is a pipe")
+def test_folders_and_missing_files_are_not_loaded(cli, tmp_path):
     refused(cli("coop", load=tmp_path), f"--load {tmp_path}: is a folder")
+    refused(cli("coop", load=tmp_path / "none"), "--load", "none: No such file")
 
 
-# ---------------------------------------------------------------- a training that fails
+# ---------------------------------------------------------------- the runs of a command
 
-@pytest.mark.parametrize("method, epochs", [
-    ("coop", 2), ("coop", 3), ("prograd", 2), ("mvp_mi", 3), ("restore", 2)])
-def test_a_training_that_diverges_says_so(cli, tmp_path, method, epochs):
-    run = cli(method, *QUICK, "--epochs", epochs, "--lr", 1e30, save=tmp_path / "saved")
-    refused(run, "epoch", "loss", "smaller --lr")
-    assert not (tmp_path / "saved").exists() and not run.out.replace(DEPTH, "")
+def test_runs_are_counted_and_say_where_their_results_went(cli, tmp_path):
+    run = cli("coop", "--epochs", 1, "--views", 1, "--shots", "1,2", "--seeds", "1,2,3")
+    assert [f"run {k} of 6" in run.out for k in range(1, 8)] == 6 * [True] + [False]
+    assert run.out.count(f"recorded in {tmp_path}/results.jsonl") == len(run.records) == 6
+    assert "run 1" not in cli("coop", *QUICK).out
 
 
-DEPTH = "--depth 9: the towers have 4 blocks in common, so 4\n"
+@pytest.mark.parametrize("processes", [1, 2, 4, 9])
+def test_torchrun_deals_the_runs_in_blocks(monkeypatch, processes):
+    jobs, dealt = [(name, 1, seed) for name in "ab" for seed in range(3)], []
+    monkeypatch.setenv("WORLD_SIZE", str(processes))
+    for rank in range(processes):
+        monkeypatch.setenv("RANK", str(rank))
+        dealt.append(common.share(jobs))
+    assert sum(dealt, []) == jobs                       # each once, in order: neighbours together
+    assert max(map(len, dealt)) - min(map(len, dealt)) <= 1
 
 
-def test_a_load_file_with_nan_is_named(cli, learned):
-    tensors = {name: tensor * float("nan") for name, tensor in load_file(learned).items()}
-    with common.records.safe_open(learned, "pt") as content:
-        metadata = content.metadata()
-    save_file(tensors, learned, metadata)
-    refused(cli("coop", load=learned), learned, "not finite")
+def test_a_process_without_a_run_says_so(cli, monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    run = cli("coop", *QUICK, "--seeds", "1,2")
+    assert run.status == 0 and not run.records and run.out.startswith("nothing to do for process 0")
 
 
-def test_a_backbone_with_nan_is_named(cli, tmp_path):
-    shutil.copytree(TINY, tmp_path / "clip")
-    file = tmp_path / "clip/open_clip_model.safetensors"
-    tensors = load_file(file)
-    tensors["visual.proj"][0] = float("nan")
-    save_file(tensors, file)
-    refused(cli("coop", *QUICK, backbone=f"local-dir:{tmp_path}/clip"), "clip", "not finite")
-
-
-def test_worse_than_zero_shot_has_a_word_beside_it(cli, monkeypatch):
-    monkeypatch.setattr(coop, "train", lambda prompt, run, args: prompt.v.data.mul_(100))
-    for flags in ((), ("--base-to-new",)):
-        first, *others = cli("coop", *QUICK, *flags).out.splitlines()[1:-1]
-        assert first.endswith("  below zero-shot") and not any("below" in line for line in others)
-
-
-def test_a_loss_that_rose_has_a_word_beside_it(cli, monkeypatch):
-    def printed(*losses):
-        def train(prompt, run, args):
-            for epoch, loss in enumerate(losses):
-                run.log(epoch, loss=loss)
-
-        monkeypatch.setattr(coop, "train", train)
-        lines = cli("coop", *QUICK).out.splitlines()
-        return [line.split() for line in lines if "above its start" in line]
-
-    assert printed(2.0, 1.0) == []
-    assert printed(1.0, 0.5, 2.0)[0][-5:] == ["1.000", "2.000", "above", "its", "start"]
-
-
-# ---------------------------------------------------------------- before the training
-
-@pytest.mark.parametrize("content", [None, b"no picture"])
-def test_a_bad_test_picture_is_found_before_the_training(cli, eurosat, no_training, content):
-    (picture,) = (eurosat / "eurosat/2750/River").glob("*_3.jpg")  # the one in "test"
-    picture.unlink()
-    if content:
-        picture.write_bytes(content)
-    flags = {"data_root": eurosat, "cache": eurosat / "cache", "backbone": f"local-dir:{TINY}"}
-    refused(cli("coop", *QUICK, dataset="eurosat", **flags), picture)
-    refused(cli("coop", *QUICK, transfer="eurosat", **flags), picture)
-
-
-def test_pictures_are_encoded_before_the_training_bar_begins(cli, tmp_path, monkeypatch):
-    bars, original = [], common.progress
-
-    def progress(*some, desc, **more):
-        bars.append(desc)
-        return original(*some, desc=desc, **more)
-
-    monkeypatch.setattr(common, "progress", progress)
-    assert cli("coop", *QUICK, cache=tmp_path / "cold").status == 0
-    assert bars[-1] == "training" and set(bars[:-1]) == {"encoding images"}
-
-
-def test_a_terminal_is_told_something_at_once(cli, monkeypatch):
-    monkeypatch.setattr(common, "load_data", lambda *_: sys.exit(0))
-    assert not cli("coop").err
-    monkeypatch.setattr(type(sys.stderr), "isatty", lambda _: True, raising=False)
-    assert "reading" in cli("coop").err
-
-
-def test_weights_beside_a_folder_that_has_its_own_are_refused(cli):
-    refused(cli("coop", "--pretrained", "openai"), "--pretrained openai", "tiny_clip")
-
-
-# ---------------------------------------------------------------- what the record says
-
-def test_the_record_says_which_code_and_data_it_is_from(cli):
-    a, b = cli("coop", *QUICK).records[0], cli("prograd", *QUICK).records[0]
-    assert a["data"] == b["data"] != cli("coop", *QUICK, "--dataset", "scenes").records[0]["data"]
-    assert a["code"] != b["code"] and len(a["code"]) == 8
-
-
-def test_the_record_says_who_split_the_data(cli, tmp_path):
-    for name in "ab":
-        made_up_pictures(tmp_path / "mine" / name, 6)
-    mine = {"dataset": tmp_path / "mine", "backbone": f"local-dir:{TINY}"}
-    assert "seeded" in cli("coop", *QUICK, **mine).records[0]["split"]
-
-
-def test_the_record_says_which_flags_made_the_run_another_one(cli, tmp_path):
-    (record,) = cli("coop", *QUICK, "--again", "--predict", TINY / "../figures/world.png").records
-    assert record["changed"] == {"epochs": 1, "views": 1}
-
-
-def test_the_record_tells_how_well_each_class_is_told_and_its_most_frequent_confusion():
-    labels, predicted = torch.tensor([0, 0, 0, 0, 1, 1]), torch.tensor([0, 2, 1, 2, 1, 1])
-    assert records.per_class(["a", "b", "c"], labels, predicted) == [
-        ["a", 25.0, "c"], ["b", 100.0, None], ["c", None, None]]
-
-
-def test_the_classes_percentages_average_to_the_accuracy(cli):
-    (record,) = cli("coop", *QUICK, "--base-to-new", "--transfer", "scenes").records
-    assert set(record["per_class"]) == {"base", "new"}
-    for part, rows in record["per_class"].items():  # each class has as many pictures
-        assert sum(percent for _, percent, _ in rows) / len(rows) == pytest.approx(record[part])
-
-
-def test_shots_that_are_not_there_are_recorded_as_those_that_were_used(cli):
-    run = cli("coop", "--epochs", 1, "--views", 1, "--shots", "20,1000")
-    assert [r["shots"] for r in run.records] == [20] and "using the 20" in run.out
-
-
-# ---------------------------------------------------------------- a sweep
-
-def test_a_run_that_is_recorded_is_not_repeated_unless_asked(cli):
-    first = cli("coop", *QUICK)
-    again = cli("coop", *QUICK, keep=True)
-    assert again.records == first.records and len(again.out.splitlines()) == 1
-    assert "already in" in again.out and f"{first.records[0]['accuracy']:.1f}" in again.out
-    assert len(cli("coop", *QUICK, "--again", keep=True).records) == 2
-
-
-def test_a_recorded_run_costs_no_model(cli, monkeypatch):
-    cli("coop", *QUICK)
-    monkeypatch.setattr(common, "load_clip", lambda _: pytest.fail("was loaded"))
-    assert cli("coop", *QUICK, keep=True).status == 0
-
-
-def test_another_flag_makes_another_run(cli):
-    cli("coop", *QUICK)
-    assert len(cli("coop", *QUICK, "--lr", 0.01, keep=True).records) == 2
-    assert len(cli("coop", *QUICK, "--transfer", "scenes", keep=True).records) == 3
-    assert len(cli("prograd", *QUICK, keep=True).records) == 4
-
-
-def test_places_make_no_other_run(cli, tmp_path):
-    cli("coop", *QUICK)
-    elsewhere = cli("coop", *QUICK, "--class-chunk", 5, cache=tmp_path / "cache", keep=True)
-    assert len(elsewhere.records) == 1
-
-
-def test_restore_is_not_repeated_either(cli):
-    cli("restore", *QUICK)
-    assert len(cli("restore", *QUICK, keep=True).records) == 1
-
-
-@pytest.mark.parametrize("key", ["code", "data", "flags"])
-def test_a_record_of_other_code_or_data_or_of_none_does_not_count(cli, tmp_path, key):
-    (record,) = cli("coop", *QUICK).records
-    (tmp_path / "results.jsonl").write_text(json.dumps({**record, key: None}) + "\nnull\n[1]\n")
-    assert len(cli("coop", *QUICK, keep=True).records) == 4
-
-
-def test_lines_that_are_no_json_are_passed_over(tmp_path):
-    (tmp_path / "r.jsonl").write_bytes(b'{"a\n{}\n\xff\n' + b"[" * 10000 + b"\n\n{}")
-    assert records.recorded(tmp_path / "r.jsonl") == [{}, {}]
-
-
-def test_what_is_to_be_saved_is_not_skipped(cli, tmp_path):
-    cli("coop", *QUICK)
-    assert len(cli("coop", *QUICK, save=tmp_path / "a", keep=True).records) == 2
-
-
-def test_runs_are_counted_and_end_with_mean_and_deviation(cli):
-    run = cli("coop", "--epochs", 1, "--views", 1, "--shots", "1,2", "--seeds", "1,2")
-    titles = [line for line in run.out.splitlines() if line.startswith("shapes")]
-    assert [f"run {k} of 4" in title for k, title in zip((1, 2, 3, 4), titles)] == [True] * 4
-    a, b = (record["accuracy"] for record in run.records[:2])
-    mean, deviation = (a + b) / 2, abs(a - b) / 2 ** 0.5
-    assert titles[4].startswith("shapes, 1 shot, mean ± deviation over 2 seeds")
-    assert run.out.split(titles[4])[1].split("\n")[1].endswith(f" {mean:.1f} ± {deviation:.1f}")
-    assert titles[5].startswith("shapes, 2 shots, mean") and len(titles) == 6
-
-
-def test_a_single_run_is_not_counted(cli):
-    run = cli("coop", *QUICK)
-    assert "run 1" not in run.out and "±" not in run.out
-
-
-def test_the_mean_takes_in_what_was_recorded_before(cli):
-    cli("coop", *QUICK, "--seeds", 1)
-    run = cli("coop", *QUICK, "--seeds", "1,2", keep=True)
-    assert len(run.records) == 2 and "over 2 seeds" in run.out
-
-
-# ---------------------------------------------------------------- dealt out
-
-@pytest.mark.parametrize("name, value", [
-    ("RANK", ""), ("RANK", "x"), ("RANK", "-1"), ("RANK", "2"), ("RANK", "9" * 30),
-    ("WORLD_SIZE", ""), ("WORLD_SIZE", "0"), ("WORLD_SIZE", "1.5")])
-def test_a_rank_that_makes_no_sense(cli, monkeypatch, name, value):
+@pytest.mark.parametrize("name, value", [("RANK", ""), ("RANK", "x"), ("RANK", "-1"), ("RANK", "2"),
+                                         ("WORLD_SIZE", "0"), ("WORLD_SIZE", "1.5")])
+def test_a_rank_that_makes_no_sense_is_refused(cli, monkeypatch, name, value):
     for key, given in {"RANK": "0", "WORLD_SIZE": "2", name: value}.items():
         monkeypatch.setenv(key, given)
     refused(cli("coop", *QUICK), name)
 
 
-@pytest.mark.parametrize("name, value", [
-    ("ID", ""), ("ID", "x"), ("COUNT", "0"), ("COUNT", ""), ("COUNT", "x"), ("MIN", "x"),
-    ("MAX", "")])
-def test_a_slurm_array_that_makes_no_sense(cli, monkeypatch, name, value):
-    for key, given in {"ID": "0", "COUNT": "2", "MIN": "0", "MAX": "1", name: value}.items():
-        monkeypatch.setenv(f"SLURM_ARRAY_TASK_{key}", given)
-    refused(cli("coop", *QUICK), f"SLURM_ARRAY_TASK_{name}")
+def test_one_data_set_that_fails_does_not_end_the_others(cli, tmp_path):
+    make_images(tmp_path / "mine/only_class", 3)
+    run = cli("coop", *QUICK, dataset=f"forms,{tmp_path}/mine,scenes", backbone=TINY)
+    assert run.status == 2 and [r["dataset"] for r in run.records] == ["forms", "scenes"]
+    *_, last = run.err.splitlines()
+    assert f"{tmp_path}/mine" in last and "1 " in last and "forms" not in last, run.err
 
 
-def test_a_rank_with_nothing_to_do_says_so(cli, monkeypatch):
-    monkeypatch.setenv("RANK", "2")
-    monkeypatch.setenv("WORLD_SIZE", "3")
-    run = cli("coop", *QUICK, "--seeds", "1,2")
-    assert run.status == 0 and not run.records and run.out.startswith("nothing to do for process 2")
+def test_one_run_that_fails_does_not_end_the_others(cli, monkeypatch):
+    def train(prompt, run):
+        if run.seed == 2:
+            raise common.Problem("the training failed")
+
+    monkeypatch.setattr(coop, "train", train)
+    run = cli("coop", *QUICK, "--seeds", "1,2,3")
+    assert run.status == 2 and [record["seed"] for record in run.records] == [1, 3]
+    assert "seed 2" in run.err.splitlines()[-1] and "over 2 seeds" in run.out
+    refused(cli("coop", *QUICK, "--seeds", 2), "the training failed")
 
 
-# ---------------------------------------------------------------- --predict
-
-@pytest.mark.parametrize("method", ["coop", "restore"])
-def test_five_likeliest_classes_of_a_picture(cli, root, tmp_path, method):
-    picture = next((root / "shapes/images/red_heart").iterdir())
-    file = tmp_path / "saved"
-    trained = cli(method, *QUICK, "--predict", picture, picture, save=file)
-    assert trained.status == 0 and trained.out.count(f"{picture}\n") == 2
-    loaded = cli(method, "--predict", picture, load=file)
-    lines = loaded.out.split(f"{picture}\n")[1].splitlines()[:6]
-    assert lines == trained.out.split(f"{picture}\n")[1].splitlines()[:6]
-    assert lines[0].split() == [method, "zero-shot"] and len(lines) == 6
-    words = [line.split() for line in lines[1:]]  # "red heart 99.9 red ring 80.0"
-    learned, zero_shot = [float(row[2]) for row in words], [float(row[5]) for row in words]
-    assert sorted(learned, reverse=True) == list(learned) and sum(learned) <= 100.5
-    assert sorted(zero_shot, reverse=True) == list(zero_shot)
+def test_suites_are_names_of_data_sets(monkeypatch):
+    args = common.parse(coop.flags(), ["--dataset", "embedded"])
+    assert len(args.dataset) == 11 and "shapes" in args.dataset
+    assert len(common.parse(coop.flags(), ["--dataset", "papers"]).dataset) == 11
 
 
-def test_probabilities_are_softmax_of_the_scaled_similarities(tiny, cli, root):
-    item = common.Item(next((root / "shapes/images/red_heart").iterdir()), 0, "")
-    data = common.load_data("shapes", root)
-    f = common.encode_images(tiny, [item], None)
-    w = common.template_features(tiny, data.template, data.classnames)
-    p, k = (tiny.logit_scale * f @ w.T).softmax(-1).max(-1)
-    out = cli("coop", *QUICK, "--predict", item.path).out
-    likeliest = out.split(f"{item.path}\n")[1].splitlines()[1]
-    assert likeliest.endswith(f"{data.classnames[k]:<14} {100 * p.item():5.1f}")
+def test_more_shots_than_images_are_recorded_as_those_that_were_used(cli):
+    run = cli("coop", "--epochs", 1, "--views", 1, "--shots", "20,1000")
+    assert [record["shots"] for record in run.records] == [20] and "using the 20" in run.out
 
 
-def test_a_picture_to_predict_that_cannot_be_read_is_found_before_the_training(
-        cli, tmp_path, no_training):
-    refused(cli("coop", "--predict", tmp_path / "none.jpg"), "none.jpg")
+def test_a_sample_of_test_images_is_the_same_for_all_and_never_mixed(cli):
+    flags = (*QUICK, "--test-images", 48)
+    records = [cli(method, *flags, keep=True).records[-1] for method in METHODS[:3]]
+    records += cli("coop", *QUICK, "--test-images", 48, "--seeds", 2).records
+    assert len({(r["zero_shot"], r["data"]) for r in records}) == 1
+    confusion = records[0]["confusion"]["all classes"]
+    assert {sum(row) for row in confusion} == {2} and records[0]["flags"]["test_images"] == 48
+    cli("coop", *QUICK)
+    run = cli("coop", *flags, "--seeds", "1,2", keep=True)
+    assert len({r["data"] for r in run.records}) == 2 and "over 2 seeds" in run.out
+
+
+def test_a_bad_test_image_is_found_before_the_training(cli, eurosat, no_training):
+    flags = {"dataset": "eurosat", "data_root": eurosat, "backbone": TINY}
+    image = eurosat / "eurosat/2750/River/River_3.jpg"
+    image.write_bytes(b"no image")
+    refused(cli("coop", *QUICK, **flags), image, "--skip-unreadable")
+    refused(cli("coop", *QUICK, "--predict", eurosat / "none.jpg"), "none.jpg")
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_training_that_diverges_says_so(cli, tmp_path, method):
+    flags = ("--epochs", 3, "--views", 1, "--shots", 1, "--lr", 1e30)
+    refused(cli(method, *flags, save=tmp_path / "saved"), "epoch", "loss", "smaller --lr")
+    assert not (tmp_path / "saved").exists()

@@ -13,7 +13,6 @@ import ast
 import functools
 import hashlib
 import json
-import math
 import os
 from importlib import metadata
 from pathlib import Path
@@ -26,12 +25,15 @@ COMPUTING = [HERE / "common.py", HERE / "data" / "features.py"]     # and the me
 ELSEWHERE = {"dataset", "data_root", "skip_unreadable", "backbone", "pretrained", "shots", "seeds",
              "base_to_new", "transfer", "class_chunk", "device", "precision", "cache", "out",
              "again", "save", "load", "predict", "export", "typed", "defaults"}
+OF_A_TEST = ["template", "test_images", "validation"]       # with which a saved prompt is tested
 SCORES = {"few-shot": ["zero_shot", "accuracy"],
           "base-to-new": ["zero_shot_base", "zero_shot_new", "zero_shot_harmonic",
                           "base", "new", "harmonic"]}
 FIELDS = {"method": str, "dataset": str, "backbone": str, "pretrained": str, "shots": int,
           "seed": int, "changed": dict, "setting": str, "code": str, "weights": str, "data": str,
-          "run": str, "transfer": dict}
+          "run": str, "protocol": str, "transfer": dict, "per_class": dict}
+ORIGIN = {"method", "dataset", "classes", "template", "protocol", "shots", "seed", "backbone",
+          "pretrained", "weights", "flags", "setting", "data", "tensors"}
 
 
 # ---------------------------------------------------------------- identity
@@ -52,7 +54,7 @@ def code_digest(*files):
             body = getattr(node, "body", None)
             if isinstance(body, list) and body and is_text(body[0]):
                 body[0] = ast.Pass()
-        trees.append(ast.dump(tree))
+        trees.append(ast.unparse(tree))
     return digest(trees)[:8]
 
 
@@ -75,8 +77,8 @@ def data_identity(data, contents):
     """Return the digest of a data set as it is tested. contents: digests of its test images."""
     train = [[os.path.basename(item.path), item.label] for item in data.train]
     test = [[content.hex(), item.label] for content, item in zip(contents, data.test)]
-    return digest(data.classnames, data.template, data.prograd_template, data.origin, data.crop,
-                  data.own, train, test)
+    return digest(data.classnames, data.template, data.prograd_template, data.origin, data.own,
+                  train, test)
 
 
 # ---------------------------------------------------------------- what a run writes
@@ -101,7 +103,8 @@ def record_of(run, rows, more):
             row = rows[part.name]
             transfer[part.name] = {"zero_shot": row["zero_shot"], "accuracy": row["accuracy"],
                                    "data": run.identities[part.name]}
-    changed = {name: value for name, value in run.args.typed.items()
+    typed = {**run.args.typed, "template": run.args.template}       # it may come from --load
+    changed = {name: value for name, value in typed.items()
                if value != run.args.defaults[name] and (name not in ELSEWHERE or name == "load")}
     return {
         "method": run.method, "dataset": run.data.name, "shots": run.shots, "seed": run.seed,
@@ -114,7 +117,7 @@ def record_of(run, rows, more):
         "backbone": run.clip.name, "pretrained": run.args.pretrained,
         "activation": run.clip.activation, "split": run.data.origin,
         "run": run.id, "setting": run.setting, "data": run.identities[run.data.name],
-        "code": current_code(run.method), "weights": run.clip.weights, **more,
+        "code": run.code, "weights": run.clip.weights, **more,
         "flags": {name: value for name, value in vars(run.args).items()
                   if name not in ("typed", "defaults")},
         "versions": {name: metadata.version(name) for name in ("torch", "open_clip_torch")},
@@ -139,7 +142,8 @@ def origin_of(run, tensors):
             "template": run.data.template, "protocol": run.protocol, "shots": run.shots,
             "seed": run.seed, "backbone": backbone, "pretrained": args.pretrained,
             "weights": run.clip.weights, "precision": str(run.clip.dtype),
-            "flags": flags_that_matter(args), "setting": run.setting, "tensors": tensors}
+            "flags": flags_that_matter(args), "setting": run.setting,
+            "data": run.identities[run.data.name], "tensors": tensors}
 
 
 # ---------------------------------------------------------------- lines of results
@@ -173,16 +177,18 @@ def read(file):
 
 def is_record(record):
     """Whether a JSON value has every field of a record, and numbers where they belong."""
-    if not isinstance(record, dict) or record.get("protocol") not in SCORES:
+    if not isinstance(record, dict):
         return False
     if any(type(record.get(name)) is not kind for name, kind in FIELDS.items()):
+        return False
+    if record["protocol"] not in SCORES:
         return False
     scores = [record.get(name) for name in SCORES[record["protocol"]]]
     for target in record["transfer"].values():
         if not isinstance(target, dict) or not isinstance(target.get("data"), str):
             return False
         scores += [target.get("zero_shot"), target.get("accuracy")]
-    return all(type(score) in (int, float) and math.isfinite(score) for score in scores)
+    return all(type(score) in (int, float) and 0 <= score <= 100 for score in scores)
 
 
 def check_output(file, kind):
@@ -237,6 +243,6 @@ def read_origin(file):
         raise Problem(f"--load {problem}") from None
     except (ValueError, KeyError, TypeError, RecursionError):
         origin = None
-    if not isinstance(origin, dict):
+    if not isinstance(origin, dict) or not ORIGIN <= origin.keys():
         raise Problem(f"--load {file}: is no prompt that --save has written")
     return origin

@@ -14,16 +14,17 @@ from pathlib import Path
 from statistics import fmean, harmonic_mean, mode, stdev
 
 from data.errors import Parser, Problem, several
-from data.load import NAMES, SUITES, is_embedded, list_data
+from data.load import NAMES, PUBLISHED, SUITES, is_embedded, list_data
 from data.results import records
 
 HERE = Path(__file__).resolve().parent
+SETS = HERE.parent / "sets"
 COLUMNS = ["base", "new", "H", "KL base", "KL new", "shift gap"]    # few-shot: "4 shots", ...
 OTHER_UNITS = COLUMNS[3:]                                           # the others are percentages
 OF_A_TEST = ["template", "precision", "test_images"]    # flags that change zero-shot CLIP, too
 # suite "embedded data sets", about "tiny_clip, base-to-new", shots "4 shots" ("" for few-shot)
 Table = namedtuple("Table", "suite about shots")
-# seed None: zero-shot CLIP; data: its row and the digest of the test data; remark: in brackets
+# seed None: zero-shot CLIP; data: zero-shot CLIP's row here and at the source, digest of the data
 Cell = namedtuple("Cell", "table row column dataset shots seed value data record remark")
 
 
@@ -39,8 +40,7 @@ def main(argv=None):
     add("--markdown", action="store_true", help="tables in Markdown")
     add("--plot", action="store_true", help="draw pictures into the folder of the result lines")
     add("--data", action="store_true", help="list the data sets: images, template, folder")
-    add("--data-root", default=str(HERE.parent / "sets"), metavar="DIR",
-        help="where they are (data/sets)")
+    add("--data-root", default=str(SETS), metavar="DIR", help="where they are (data/sets)")
     args = p.parse_args(argv)
     if args.data:
         return list_data(args.data_root)
@@ -77,6 +77,11 @@ def group(cells, *names):
     for c in cells:
         groups.setdefault(tuple(getattr(c, name) for name in names), []).append(c)
     return groups
+
+
+def is_run(c):
+    """Whether a cell is the one cell that each run has: accuracy on base, or on all classes."""
+    return c.seed is not None and c.column in ("base", plural(c.shots, "shot"))
 
 
 # ---------------------------------------------------------------- records to cells
@@ -121,30 +126,32 @@ def measure(r, about):
     """Yield a record's table, data set, its data and {column: (value, zero-shot CLIP's)}."""
     shots, suite = plural(r["shots"], "shot"), "papers'" if r["dataset"] in NAMES else "own"
     table = Table(f"{'embedded' if is_embedded(r['dataset']) else suite} data sets", about, shots)
-    data = name_row("zero-shot", r["changed"], OF_A_TEST), r["data"]
     if r["protocol"] == "few-shot":
         table, scores = table._replace(shots=""), {shots: (r["accuracy"], r["zero_shot"])}
     else:
-        kl, shift = (r[key] if isinstance(r.get(key), dict) else {} for key in ("kl", "shift_after"))
-        values = [r["base"], r["new"], r["harmonic"], kl.get("base"), kl.get("new"), shift.get("gap")]
-        zero_shot = [r["zero_shot_base"], r["zero_shot_new"], r["zero_shot_harmonic"]] + 3 * [None]
-        scores = dict(zip(COLUMNS, zip(values, zero_shot)))
-    yield table, r["dataset"], data, scores
-    data = name_row("zero-shot", r["changed"], OF_A_TEST[1:])       # a target has its own template
+        kl, shift = (r.get(key) for key in ("kl", "shift_after"))
+        kl, shift = (value if isinstance(value, dict) else {} for value in (kl, shift))
+        scores = {"base": (r["base"], r["zero_shot_base"]), "new": (r["new"], r["zero_shot_new"]),
+                  "H": (r["harmonic"], r["zero_shot_harmonic"]), "KL base": (kl.get("base"), None),
+                  "KL new": (kl.get("new"), None), "shift gap": (shift.get("gap"), None)}
+    flags = {name: r["changed"][name] for name in OF_A_TEST if name in r["changed"]}
+    own = name_row("zero-shot", flags)
+    yield table, r["dataset"], (own, own, r["data"]), scores
+    flags.pop("template", None)                     # a target has its own template
     for target, row in r["transfer"].items():
         kind = "shifted versions" if target.startswith(r["dataset"]) else "other data sets"
-        yield (Table(f"{r['dataset']} to {kind}", about, shots), target, (data, row["data"]),
+        data = name_row("zero-shot", flags), own, row["data"] + r["data"]
+        yield (Table(f"{r['dataset']} to {kind}", about, shots), target, data,
                {"accuracy": (row["accuracy"], row["zero_shot"])})
 
 
-def name_row(first, flags, only=None):
+def name_row(first, flags):
     """Return a row's name, with the flags that are not at their defaults: "coop --n-ctx 4"."""
     words = [first]
-    for name in sorted(flags if only is None else set(flags) & set(only)):
-        parts = flags[name] if isinstance(flags[name], list) else [flags[name]]
+    for name, value in sorted(flags.items()):
+        parts = value if isinstance(value, list) else [value]
         text = ",".join(f"{part:g}" if isinstance(part, float) else str(part) for part in parts)
-        words.append(f"--{name.replace('_', '-')}")
-        words += [] if flags[name] is True else [shlex.quote(text)]
+        words += [f"--{name.replace('_', '-')}", *([] if value is True else [shlex.quote(text)])]
     return " ".join(words)
 
 
@@ -154,8 +161,8 @@ def keep_one_version(cells):
     """Return the cells on the newest version of each data set, and notes {table: [text]}.
 
     The rows of a table are of the same images and classes; otherwise they could not be compared."""
-    newest = {(c.table, c.dataset, c.data[0]): c.data for c in cells}
-    kept = [c for c in cells if c.data == newest[c.table, c.dataset, c.data[0]]]
+    newest = {(c.table, c.dataset, c.data[:2]): c.data for c in cells}
+    kept = [c for c in cells if c.data == newest[c.table, c.dataset, c.data[:2]]]
     old = {(c.table, c.record["run"]) for c in cells} - {(c.table, c.record["run"]) for c in kept}
     counts = Counter(table for table, _ in old)
     return kept, {table: [f"left out: {plural(count, 'older run')} on other images or classes"]
@@ -232,11 +239,12 @@ def average_rows(cells):
         found = average(used, common) if len(common) > 1 else []
         means += found
         over |= {shots: common} if found else {}
-        seeds = set(group(used, "row", "seed")) - set(group(found, "row", "seed")) if found else ()
+        seeds = {f"{c.row} seed {c.seed}" for c in used if found and c.seed is not None}
+        seeds -= {f"{c.row} seed {c.seed}" for c in found}
         start = f"{'average' if found else 'no average'}, {plural(shots, 'shot')}, without"
         left_out = {"data sets that not all rows have": {c.dataset for c in some} - common,
                     "rows with fewer than half of the data sets": set(rows) - set(full),
-                    "seeds that not all data sets have": {f"{row} {seed}" for row, seed in seeds}}
+                    "seeds that not all data sets have": seeds}
         notes += [f"{start} {what}: {', '.join(sorted(left_out[what]))}"
                   for what in left_out if left_out[what]]
     return means, over, notes
@@ -274,25 +282,26 @@ def list_tables(cells, notes, args):
             continue
         means, over, reasons = average_rows(some)
         notes[table] = reasons + notes.get(table, [])
-        if len({c.dataset for c in some}) == 1 and not transfer:
+        one = len({c.dataset for c in some}) == 1
+        if one and not transfer:
             yield table, name_table(table._replace(suite=some[0].dataset)), pivot(some)
-            continue
-        if means and not transfer:
+        elif means and not transfer:
             counts = " or ".join(map(str, sorted({len(sets) for sets in over.values()})))
-            yield table, f"average over {counts} {title}", pivot(means + published(means[0], over))
-        if args.all or transfer or not means:
-            for (column,), part in group(some + means, "column").items():
+            yield table, f"average over {counts} {title}", pivot(means + published(some, over))
+        for (column,), part in group(some + means, "column").items():
+            if transfer or not one and (args.all or not means):
                 yield table, f"{title}, {column}", pivot(part, across="dataset")
 
 
-def published(c, over):
-    """Return what the papers report, as cells beside `c`, an average over their data sets."""
-    found = []
+def published(cells, over):
+    """Return what the papers report, as cells, beside averages over their splits of their sets."""
+    found, theirs = [], all(c.record.get("split") == PUBLISHED for c in cells)
     for entry in json.loads((HERE / "published.json").read_text(encoding="utf-8")):
         about = f"{entry['backbone']} openai, {entry['protocol']}"
-        if c.table.about == about and over.get(entry["shots"]) == set(SUITES["papers"]):
+        complete = over.get(entry["shots"]) == set(SUITES["papers"])
+        if theirs and complete and cells[0].table.about == about:
             row = f"published: {entry['method']} ({entry['source']})"
-            found += [c._replace(row=row, column=column, value=entry[column], seed=None)
+            found += [cells[0]._replace(row=row, column=column, value=entry[column])
                       for column in ("base", "new", "H")]
     return found
 
@@ -303,9 +312,10 @@ def list_classes(cells, notes, args):
     if not classes:
         raise Problem("--classes: no run has recorded its classes here; run a method once more")
     if args.against:
-        theirs = {c[:1] + c[3:6]: c.value for c in classes if c.row == args.against}
-        classes = [c._replace(value=c.value - theirs[c[:1] + c[3:6]], remark="") for c in classes
-                   if c.row != args.against and c[:1] + c[3:6] in theirs]
+        theirs = {(c.table, c.dataset, c.seed): c.value for c in classes if c.row == args.against}
+        pairs = [(c, theirs.get((c.table, c.dataset, c.seed))) for c in classes]
+        classes = [c._replace(value=c.value - other, remark="") for c, other in pairs
+                   if c.row != args.against and other is not None]
     for (table,), some in group(classes, "table").items():
         some = [c for row in sorted(group(some, "dataset").values(), key=mean) for c in row]
         title = name_table(table) + (f", above {args.against}" if sign else "")
@@ -315,9 +325,7 @@ def list_classes(cells, notes, args):
 def class_cells(cells):
     """Return a cell for each class of each run, with what it is most often taken for."""
     found = []
-    for c in cells:
-        if c.seed is None or c.column not in ("base", plural(c.shots, "shot")):
-            continue
+    for c in filter(is_run, cells):
         for part, rows in (c.record.get("per_class") or {}).items():
             table = Table(f"{c.dataset}, {part}", c.table.about, plural(c.shots, "shot"))
             names = Counter(row[0] for row in rows)
@@ -362,21 +370,20 @@ def spread(cells, sign=""):
 def show(title, grid, notes, markdown):
     """Print a table and its notes."""
     grid = [["".join(c if c.isprintable() else "?" for c in text) for text in row] for row in grid]
-    print(f"\n**{title}**\n" if markdown else f"\n{title}")
+    bold = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+    start, end = ("\033[1m", "\033[0m") if bold else ("", "")
     widths = [max(len(text.strip("*")) for text in column) for column in zip(*grid)]
-    terminal = sys.stdout.isatty() and "NO_COLOR" not in os.environ
-    start, end = ("\033[1m", "\033[0m") if terminal else ("", "")
-    for k, (name, *texts) in enumerate(grid):
+    print(f"\n**{title}**\n" if markdown else f"\n{title}")
+    for k, row in enumerate(grid):
         if markdown:
-            print("|", " | ".join(text.replace("|", "\\|") for text in (name, *texts)), "|")
-            if k == 0:
-                print(f"|{' --- |' * len(widths)}")
-            continue
-        line = f"  {name:<{widths[0]}}"
-        for text, width in zip(texts, widths[1:]):
-            plain = text.strip("*")
-            shown = plain if plain == text else f"{start}{plain}{end}"
-            line += " " * (2 + width - len(plain)) + shown
-        print(line.rstrip())
+            print("|", " | ".join(text.replace("|", "\\|") for text in row), "|")
+            print(f"|{' --- |' * len(row)}\n" * (k == 0), end="")
+        else:
+            line = f"  {row[0]:<{widths[0]}}"
+            for text, width in zip(row[1:], widths[1:]):
+                plain = text.strip("*")
+                line += " " * (2 + width - len(plain))
+                line += plain if plain == text else f"{start}{plain}{end}"
+            print(line.rstrip())
     for note in notes:
         print(f"{'' if markdown else '  '}({note})")

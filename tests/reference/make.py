@@ -1,44 +1,53 @@
-"""Makes what goes with the reference vectors, and those of our own code; README.md describes them.
+"""Train a method on a small CLIP with made-up weights; read and write the reference vectors.
 
-    python tests/reference/make.py weights coop_end FILE.safetensors    made-up weights, for a port
-    python tests/reference/make.py complete     adds what spares a port image tower and tokenizer
-    python tests/reference/make.py own          the vectors of our own code, anew
-"""
+    python tests/reference/make.py weights coop_end FILE.safetensors   made-up weights, for a port
+    python tests/reference/make.py own [FOLDER]                        the vectors of our own code
 
-import contextlib
+README.md describes the files. Tests use `follow` to see every step of a script's training."""
+
 import functools
 import importlib
 import json
 import sys
-import tempfile
 import zlib
-from dataclasses import dataclass
 from pathlib import Path
-from unittest import mock
+from types import SimpleNamespace
 
 import numpy as np
 import open_clip
+import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parents[1]), str(HERE.parent)]  # where common.py and conftest.py are
 
 import common  # noqa: E402
-from conftest import made_up_run  # noqa: E402
+from conftest import make_run  # noqa: E402
 
 TOKENIZER = open_clip.SimpleTokenizer()
+SMALL = {"embed": 128, "v_width": 128, "v_layers": 2, "patch": 8, "image": 32, "t_width": 128,
+         "t_layers": 4, "ctx": 77, "vocab": 49408}
+COLUMNS = {"coop": ["loss"], "prograd": ["loss", "general_loss", "cosine"],
+           "mvp_mi": ["loss", "bound", "image_bound"], "restore": ["loss", "consistency"]}
+NAMES = ["Annual Crop Land", "Forest", "Herbaceous Vegetation Land", "Highway or Road",
+         "Industrial Buildings"]
 
 
 # ---------------------------------------------------------------- made-up weights and images
 
-@functools.cache
-def made_up(name, shape):
-    """The weight `name` of the small CLIP: numbers that depend on its name alone."""
+def draw(name, shape):
+    """Return standard normal numbers that depend on a name alone."""
+    return np.random.RandomState(zlib.crc32(name.encode())).standard_normal(shape)
+
+
+def clip_weight(name, shape):
+    """Return the weight `name` of the small CLIP."""
     if name == "logit_scale":
         return torch.tensor(np.log(100.0), dtype=torch.float32)
-    x = np.random.RandomState(zlib.crc32(name.encode())).standard_normal(shape)
+    x = draw(name, shape)
     if "ln_" in name and name.endswith("weight"):
         x = 1 + 0.1 * x
     elif name.endswith("bias") or name == "token_embedding.weight":
@@ -54,10 +63,14 @@ def made_up(name, shape):
     return torch.from_numpy(x.astype(np.float32))
 
 
+def file_name(name):
+    """Return what the files call a parameter of restore.py."""
+    return name.replace("image_", "visual_")
+
+
 def restore_start(name, shape):
-    """Where RESTORE's parameter `name` starts (but text_prompts.0, which are words)."""
-    seed = zlib.crc32(f"restore/{name}".encode())
-    x = np.random.RandomState(seed).standard_normal(shape).astype(np.float32)
+    """Return where RESTORE's parameter starts, except text_prompts.0, which starts as words."""
+    x = draw(f"restore/{file_name(name)}", shape).astype(np.float32)
     if name.endswith("norm.weight"):
         x = 1 + 0.1 * x
     elif name.endswith("bias") or "_prompts." in name:
@@ -67,176 +80,196 @@ def restore_start(name, shape):
     return torch.from_numpy(x.astype(np.float32))
 
 
-def small_clip(sizes):
-    """The small CLIP of config["clip"], as the scripts know a CLIP."""
-    return clip_of(**sizes)
-
-
 @functools.cache
-def clip_of(**c):
-    vision = {"image_size": c["image"], "layers": c["v_layers"], "width": c["v_width"],
-              "patch_size": c["patch"]}
-    text = {"context_length": c["ctx"], "vocab_size": c["vocab"], "width": c["t_width"],
-            "heads": c["t_width"] // 64, "layers": c["t_layers"]}
-    model = open_clip.CLIP(c["embed"], vision, text, quick_gelu=True)
-    model.load_state_dict({k: made_up(k, tuple(x.shape)) for k, x in model.state_dict().items()})
+def small_clip(**size):
+    """Return the small CLIP of config["clip"]."""
+    vision = {"image_size": size["image"], "layers": size["v_layers"], "width": size["v_width"],
+              "patch_size": size["patch"]}
+    text = {"context_length": size["ctx"], "vocab_size": size["vocab"], "width": size["t_width"],
+            "heads": size["t_width"] // 64, "layers": size["t_layers"]}
+    model = open_clip.CLIP(size["embed"], vision, text, quick_gelu=True)
+    weights = model.state_dict()
+    model.load_state_dict({name: clip_weight(name, tuple(x.shape)) for name, x in weights.items()})
+    return as_clip(model)
+
+
+def as_clip(model):
+    """Return an open_clip model as the scripts get it, on the CPU."""
     model.eval().requires_grad_(False)
-    scale = model.logit_scale.exp().item()
-    return common.Clip(model, model, TOKENIZER, None, None, scale, "cpu", "fp32", "")
+    return common.Clip(model, getattr(model, "text", model), model.visual, torch.float32, TOKENIZER,
+                       None, model.logit_scale.exp().item(), "cpu", False, 128, "", "")
 
 
 def images(config):
-    """The input batch, (B, 3, H, W): it is fed as it is, without preprocessing."""
+    """Return the batch (B, 3, H, W), which is not preprocessed."""
     shape = (len(config["labels"]), 3, config["image_size"], config["image_size"])
     x = np.random.RandomState(config["image_seed"]).standard_normal(shape)
     return torch.from_numpy(x.astype(np.float32))
 
 
 def noise(seed, shape):
-    """A random context."""
+    """Return a random context."""
     x = 0.02 * np.random.RandomState(seed).standard_normal(shape)
     return torch.from_numpy(x.astype(np.float32))
 
 
 # ---------------------------------------------------------------- a script's training, step by step
 
-@dataclass
-class Training:
-    """What a script's training did. `made`: parameters as the script itself starts them; `context`
-    is the start of a method that learns one."""
-    clip: object
-    run: object
-    prompt: torch.nn.Module
-    context: torch.Tensor
-    made: dict
-    parameters_initial: dict
-    logits_initial: torch.Tensor
-    logits_final: torch.Tensor
-    log: list        # of every step what was logged, {name: tensor}
-    gradients: list  # of every step the gradients that the optimiser was given, {parameter: tensor}
-    buffers: list    # of every step what else the prompt holds, {name: tensor}
-    mixed: list      # of every step MVP-MI's mixtures: features (m, D), labels (m,)
-
-
 def flags(config):
-    """The command line for what `config` says. The one batch is an epoch; RESTORE's, all steps."""
-    made = ["--lr", config["lr"], "--n-ctx", config["n_ctx"], "--ctx-init", config["context_words"]]
-    epochs = config.get("epochs", 1 if config["method"] == "restore" else config["steps"])
-    made += ["--epochs", epochs] if epochs else []
-    if config["method"] == "restore":
-        made += ["--views", 1, "--depth", config["depth"],
-                 "--prompts", config["prompts"], "--shift", config["shift"],
-                 "--shift-weight", config["shift_weight"],
-                 "--blend", f"{config['blend_text']},{config['blend_visual']}"]
-    else:
-        made += ["--position", config["class_token_position"]]
-        made += ["--class-specific"] if config["class_specific"] else []
-    if config["method"] == "prograd":
-        made += ["--projection", config["projection_strength"],
-                 "--temperature", config["temperature"]]
-    for key in ("mi_weight", "image_weight", "mi_temperature", "augment", "critic"):
-        made += [f"--{key.replace('_', '-')}", config[key]] if key in config else []
-    return [str(flag) for flag in made]
+    """Return the command line of what `config` says."""
+    method, words = config["method"], config["context_words"]
+    given = {"lr": config["lr"], "views": 1, "epochs": config.get("epochs", 3), "ctx-init": words,
+             "position": config.get("class_token_position")}
+    if method == "restore":
+        given["blend"] = f"{config['blend_text']},{config['blend_visual']}"
+    if method == "prograd":
+        given["projection"] = config.get("projection_strength")
+    if method == "restore" or not words:            # else M is the number of the words' tokens
+        given["n-ctx"] = config["n_ctx"]
+    for key in ("depth", "prompts", "shift", "shift_weight", "mi_weight", "image_weight",
+                "mi_temperature", "augment", "critic", "classifier"):
+        given[key.replace("_", "-")] = config.get(key)
+    argv = ["--class-specific"] if config.get("class_specific") else []
+    for name, value in given.items():
+        argv += [f"--{name}", str(value)] if value not in (None, "") else []
+    return argv
 
 
-def constant(epoch, epochs, lr):
-    """A schedule in place of common.learning_rate."""
-    return lr
+def softened(temperature):
+    """Return torch.nn.functional with predictions softened, for ProGrad's L_g in prograd_comma.
+
+    There the loss is T^2 KL(softmax(zero-shot / T) || softmax(logits / T)); prograd.py has T = 1."""
+    changed = {"softmax": lambda logits, dim: F.softmax(logits / temperature, dim),
+               "log_softmax": lambda logits, dim: F.log_softmax(logits / temperature, dim),
+               "kl_div": lambda *logits, **how: temperature ** 2 * F.kl_div(*logits, **how)}
+    return SimpleNamespace(**{**vars(F), **changed})
 
 
-def follow(config, learning_rate=constant, clip=None, mixed=None):
-    """The training of `config` by its script's main(): made-up CLIP (or another), batch and start.
+def follow(config, clip=None, mixed=None):
+    """Run a script's main() on the small CLIP and one batch; return what its training did.
 
-    What is patched: where runs come from, the schedule, how image features are encoded and, if
-    `mixed` is given, MVP-MI's mixtures: of every step the features and labels."""
-    script, clip = importlib.import_module(config["method"]), clip or small_clip(config["clip"])
-    restore, template = config["method"] == "restore", config.get("template", "a photo of a {}.")
-    x, y = images(config), torch.tensor(config["labels"])
-    with torch.no_grad():
-        f = F.normalize(clip.model.encode_image(x), dim=-1)
-    rows = torch.arange(len(y))
-    batches = [(x, y, rows, 0 * rows)] * config["steps"] if restore else [(f, y)]
-    found = {"log": [], "gradients": [], "buffers": [], "mixed": []}
+    config  as in the files. Without "epochs", all steps are taken in epoch 1 of 3, where the
+            learning rate is --lr itself; else every epoch has that number of steps
+    mixed   of every step MVP-MI's mixtures, features and labels, instead of random ones
 
-    def logits(prompt):
-        with torch.no_grad():
-            features = F.normalize(prompt.image_features(x), dim=-1) if restore else f
-            return clip.logit_scale * features @ prompt.class_features(config["classnames"]).T
+    config, run, prompt, optimizer, epochs      after the training
+    made, initial                               parameters as the script, as `config` starts them
+    logits_initial, logits_final                (B, C)
+    log, gradients, rates, blends, mixed        of every step"""
+    script, clip = importlib.import_module(config["method"]), clip or small_clip(**config["clip"])
+    restore, x, y = config["method"] == "restore", images(config), torch.tensor(config["labels"])
+    f, rows = clip.encode_image(x), torch.arange(len(y))
+    batch = (x, y, rows, 0 * rows) if restore else (f, y)
+    run = make_run(clip, script, config["classnames"], [batch] * config["steps"], *flags(config))
+    run.features, run.labels = f[:, None], y                            # (B, V = 1, D), (B,)
+    template = config.get("template", run.data.template)
+    run.data.prograd_template = template
+    run.data.template = "not for {}" if config["method"] == "prograd" else template
+    found = SimpleNamespace(config=config, run=run, log=[], gradients=[], rates=[], blends=[],
+                            mixed=[])
 
-    def runs(_, args, **__):
-        run = made_up_run(clip, config["classnames"], template, batches, args)
-        run.shots, run.data.name = config.get("shots", 1), config.get("dataset", "made up")
-        run.features, run.labels = f[:, None], y                        # (B, V = 1, D), (B,)
-        if config["method"] == "prograd":
-            run.data.template = "{}, which ProGrad's own template is not."
-        note = run.log
+    def parameters():
+        return {name: p.detach().clone() for name, p in found.prompt.named_parameters()}
 
-        def log(epoch, **values):
-            named = found["prompt"].named_parameters()
-            found["gradients"].append({name: p.grad.clone() for name, p in named})
-            held = found["prompt"].named_buffers()
-            found["buffers"].append({name: x.clone() for name, x in held})
-            found["log"].append({k: torch.as_tensor(value).detach() for k, value in values.items()})
-            note(epoch, **values)
+    @torch.no_grad()
+    def logits():
+        features = found.prompt.image_features(x) if restore else f
+        part = common.Part("", run.data, [], run.classes)
+        return clip.logit_scale * features @ found.prompt.class_features(part).T
 
-        run.log, run.finish, found["run"] = log, lambda *_, **__: None, run
-        torch.manual_seed(1)
-        yield run
+    @torch.no_grad()
+    def start(prompt):
+        found.prompt = prompt
+        found.made = parameters()
+        for name, p in prompt.named_parameters():
+            if restore and name != "text_prompts.0":
+                p.copy_(restore_start(name, tuple(p.shape)))
+            elif not restore and config["context_seed"] is not None:
+                p.copy_(noise(config["context_seed"], tuple(p.shape)))
+        if config.get("shift") == "gram":
+            prompt.gram_at_start = prompt.gram_norms()
+        found.initial, found.logits_initial = parameters(), logits()
 
-    train = script.train
+    def before_step(optimizer, *_):
+        named = found.prompt.named_parameters()
+        found.optimizer = optimizer
+        found.gradients.append({name: p.grad.clone() for name, p in named})
+        found.rates.append([group["lr"] for group in optimizer.param_groups])
 
-    def started(prompt, run, args):
-        found["made"] = {name: p.detach().clone() for name, p in prompt.named_parameters()}
-        with torch.no_grad():
-            if restore:
-                for name, p in prompt.named_parameters():
-                    if name != "text_prompts.0":
-                        p.copy_(restore_start(name, tuple(p.shape)))
-                if config["shift"] == "gram":
-                    prompt.gram_at_start = [norms.detach() for norms in prompt.gram_norms()]
-            elif config["context_seed"] is not None:
-                prompt.v.copy_(noise(config["context_seed"], tuple(prompt.v.shape)))
-        named = prompt.named_parameters()
-        found["parameters_initial"] = {name: p.detach().clone() for name, p in named}
-        found["prompt"], found["logits_initial"] = prompt, logits(prompt)
-        train(prompt, run, args)
+    def log(epoch, **values):
+        common.Run.log(run, epoch, **values)
+        found.log.append({key: torch.as_tensor(value).detach() for key, value in values.items()})
+        found.blends.append(found.prompt.blend.clone() if restore else None)
 
-    def encode_images(clip, items, cache=None, views=None, encode=None, *_):
-        return encode(x).float()[:, None]
+    def progress(numbers, **_):
+        found.epochs = len(numbers)
+        return numbers if "epochs" in config else [1]
 
     def mixup(*given):
-        step = len(found["mixed"])
-        found["mixed"].append(mixed[step] if mixed else draw(*given))
-        return found["mixed"][-1]
+        step = len(found.mixed)
+        found.mixed.append(mixed[step] if mixed else random_mixup(*given))
+        return found.mixed[-1]
 
-    with contextlib.ExitStack() as patches, tempfile.TemporaryDirectory() as folder:
-        argv = [f"{config['method']}.py", *flags(config), "--device", "cpu"]
-        patched = [(sys, "argv", [*argv, "--out", f"{folder}/results.jsonl"]),
-                   (script, "train", started), (common, "runs", runs),
-                   (common, "learning_rate", learning_rate),
-                   (common, "encode_images", encode_images),
-                   (common, "nearest_words", lambda *_: "")]
-        if draw := getattr(script, "mixup", None):
-            patched.append((script, "mixup", mixup))
-        for where, name, what in patched:
-            patches.enter_context(mock.patch.object(where, name, what))
-        with contextlib.redirect_stdout(None):
-            script.main()
-    found["logits_final"] = logits(found["prompt"])
-    return Training(clip=clip, context=found["parameters_initial"].get("v"), **found)
+    run.start, run.log, run.finish = start, log, lambda *_, **__: None
+    random_mixup = getattr(script, "mixup", None)
+    with pytest.MonkeyPatch.context() as patch, register_optimizer_step_pre_hook(before_step):
+        patch.setattr(common, "runs", lambda *_: [run])
+        patch.setattr(common, "progress", progress)
+        patch.setattr(common, "encode_images", lambda *given: given[5](x).float()[:, None])
+        if random_mixup:
+            patch.setattr(script, "mixup", mixup)
+        if config.get("temperature", 1) != 1:
+            patch.setattr(script, "F", softened(config["temperature"]))
+        torch.manual_seed(1)
+        script.main()
+    found.logits_final = logits()
+    return found
+
+
+def entries(t):
+    """Return what a training has in common with the files: {entry: array}.
+
+    ProGrad's general loss has the files' form, T^2 cross-entropy(p_zs, p): KL plus an entropy."""
+    config, run, f = t.config, t.run, t.run.features[:, 0]
+    columns = [[step[name] for name in COLUMNS[config["method"]]] for step in t.log]
+    found = {"logits_initial": t.logits_initial, "logits_final": t.logits_final,
+             "log": torch.tensor(columns)}
+    if config["method"] == "restore":
+        found["images"] = images(config)
+        found["text_prompts_0_initial"] = t.initial["text_prompts.0"]
+        for name in ("shift_text", "shift_vision"):
+            found[name] = torch.stack([step[name] for step in t.log])
+        for name, p in t.prompt.named_parameters():
+            found[f"gradient_initial/{file_name(name)}"] = t.gradients[0][name]
+            found[f"final/{file_name(name)}"] = p.detach()
+        return found
+    found.update(image_features=f, context_initial=t.initial["v"],
+                 context_final=t.prompt.v.detach(), gradient_initial=t.gradients[0]["v"])
+    for k, gradients in enumerate(t.gradients):
+        found[f"gradient_used_{k}"] = gradients["v"]
+    if config["method"] == "prograd":
+        w_zs = common.template_features(run.clip, run.data.prograd_template, run.classnames)
+        found["zero_shot_logits"] = logits = run.clip.logit_scale * f @ w_zs.T
+        p_zs = (logits / config["temperature"]).softmax(-1)
+        entropy = -(p_zs * p_zs.log()).sum(-1).mean()
+        found["log"][:, 1] += config["temperature"] ** 2 * entropy
+    if t.mixed:
+        features, labels = zip(*t.mixed)
+        found.update(mixed_features=torch.stack(features), mixed_labels=torch.stack(labels))
+    return found
 
 
 # ---------------------------------------------------------------- files
 
 def read(file):
-    """The `config` and the arrays of a file."""
+    """Return the `config` and the arrays of a file."""
     with np.load(file) as content:
         arrays = {key: content[key] for key in content.files}
     return json.loads(str(arrays.pop("config"))), arrays
 
 
 def write(file, config, arrays):
-    """The file, and beside it the same `config` as JSON, with the numbers of the tokens."""
+    """Write a file, and beside it the same `config` as JSON, with the numbers of the tokens."""
     arrays = {key: np.asarray(value) for key, value in arrays.items()}
     np.savez_compressed(file, config=np.array(json.dumps(config)), **arrays)
     parts = []
@@ -247,7 +280,7 @@ def write(file, config, arrays):
 
 
 def tokens(config):
-    """The token numbers of what a port would need a tokenizer for."""
+    """Return the token numbers for which a port would need a tokenizer."""
     encode, words = TOKENIZER.encode, config["context_words"]
     names = [name.replace("_", " ") for name in config["classnames"]]
     found = {"start_of_text": 49406, "end_of_text": 49407,
@@ -265,74 +298,22 @@ def tokens(config):
     return found
 
 
-def complete(file):
-    """Adds what spares a port image tower and tokenizer; what others computed stays as it is."""
-    config, arrays = read(file)
-    x, clip = images(config), small_clip(config["clip"])
-    if config["method"] == "restore":
-        arrays["images"] = x.numpy()
-    else:
-        with torch.no_grad():
-            arrays["image_features"] = F.normalize(clip.model.encode_image(x), dim=-1).numpy()
-        if config["context_seed"] is not None and "context_initial" not in arrays:
-            count = [len(config["classnames"])] * config["class_specific"]
-            shape = (*count, config["n_ctx"], config["clip"]["t_width"])
-            arrays["context_initial"] = noise(config["context_seed"], shape)
-    write(file, config, arrays)
+def write_own(folder):
+    """Write the vectors of our own code anew, for the `config` that they have."""
+    for name in ("restore_paper.npz", "mvp_mi.npz"):
+        config, arrays = read(HERE / name)
+        training = follow(config)
+        if config["method"] == "restore":
+            blends = training.prompt.blend.tolist()
+            config["blend_text_after"], config["blend_visual_after"] = blends
+        found = entries(training)
+        write(folder / name, config, {entry: found[entry] for entry in arrays})
 
 
-SMALL = {"embed": 128, "v_width": 128, "v_layers": 2, "patch": 8, "image": 32, "t_width": 128,
-         "t_layers": 4, "ctx": 77, "vocab": 49408}
-NAMES = ["Annual Crop Land", "Forest", "Herbaceous Vegetation Land", "Highway or Road",
-         "Industrial Buildings"]
-
-
-def own_restore():
-    """RESTORE as in the paper: independent prompts, shift of features, towers of unlike depth."""
-    config = {"method": "restore", "prompts": "independent", "shift": "features",
-              "classnames": NAMES, "labels": [0, 3, 1, 4], "n_ctx": 2,
-              "context_words": "a photo of a", "depth": 2, "image_seed": 7,
-              "image_size": 32, "blend_text": 0.2, "blend_visual": 0.1,
-              "shift_weight": 10.0, "lr": 0.0035, "momentum": 0.9, "weight_decay": 0.0005,
-              "steps": 3, "clip": {**SMALL, "v_layers": 3}}
-    t = follow(config)
-    config["parameters"] = {name: list(p.shape) for name, p in t.prompt.named_parameters()}
-    config["blend_text_after"], config["blend_visual_after"] = t.prompt.blend.tolist()
-    small = [name for name, shape in config["parameters"].items() if np.prod(shape) <= 1024]
-    arrays = {"log": [[float(step["loss"]), float(step["consistency"])] for step in t.log],
-              "shift_text": torch.stack([step["shift_text"] for step in t.log]),
-              "shift_vision": torch.stack([step["shift_vision"] for step in t.log]),
-              "text_prompts_0_initial": t.parameters_initial["text_prompts.0"],
-              "logits_initial": t.logits_initial, "logits_final": t.logits_final}
-    for name in small:
-        arrays[f"gradient_initial/{name}"] = t.gradients[0][name]
-        arrays[f"final/{name}"] = t.prompt.get_parameter(name).detach()
-    write(HERE / "restore_paper.npz", config, arrays)
-
-
-def own_mvp_mi():
-    """MVP-MI with both terms and a learned estimator; what is mixed at random is recorded."""
-    config = {"method": "mvp_mi", "classnames": NAMES, "labels": [0, 3, 1, 4, 2, 2, 0, 1],
-              "template": "a centered satellite photo of {}.", "n_ctx": 4, "class_specific": False,
-              "class_token_position": "end", "context_words": "", "context_seed": 11,
-              "image_seed": 7, "image_size": 32, "lr": 0.002, "momentum": 0.9,
-              "weight_decay": 0.0005, "steps": 3, "mi_weight": 4.0, "image_weight": 1.0,
-              "mi_temperature": 0.07, "augment": 2, "critic": "learned", "clip": SMALL}
-    t = follow(config)
-    features, labels = zip(*t.mixed)
-    arrays = {"log": [[float(x) for x in step.values()] for step in t.log],
-              "mixed_features": torch.stack(features), "mixed_labels": torch.stack(labels),
-              "context_initial": t.context, "context_final": t.prompt.v.detach(),
-              "logits_initial": t.logits_initial, "logits_final": t.logits_final}
-    for k, gradients in enumerate(t.gradients):
-        arrays[f"gradient_used_{k}"] = gradients["v"]
-    write(HERE / "mvp_mi.npz", {**config, "columns": list(t.log[0])}, arrays)
-
-
-def weights(name, file):
-    """The small CLIP of a reference file, and where RESTORE's parameters start, as safetensors."""
+def write_weights(name, file):
+    """Write the small CLIP of a reference file, and where RESTORE's parameters start."""
     config, _ = read(HERE / f"{name}.npz")
-    tensors = dict(small_clip(config["clip"]).model.state_dict())
+    tensors = dict(small_clip(**config["clip"]).model.state_dict())
     for key, shape in config.get("parameters", {}).items():
         if key != "text_prompts.0":
             tensors[f"restore/{key}"] = restore_start(key, tuple(shape))
@@ -341,15 +322,9 @@ def weights(name, file):
 
 def main(what="", *given):
     if what == "weights" and len(given) == 2:
-        weights(*given)
-    elif what == "complete":
-        for file in sorted(HERE.glob("*.npz")):
-            complete(file)
+        write_weights(*given)
     elif what == "own":
-        own_restore()
-        own_mvp_mi()
-        for name in ("restore_paper", "mvp_mi"):
-            complete(HERE / f"{name}.npz")
+        write_own(Path(*given or [HERE]))
     else:
         sys.exit(__doc__)
 
