@@ -177,7 +177,11 @@ def settle(args, dataset):
     args.backbone = args.backbone or (tiny if embedded else "ViT-B-16")
     if args.backbone == "tiny_clip":
         args.backbone = tiny
-    args.pretrained = args.pretrained or ("" if ":" in args.backbone else "openai")
+    local = args.backbone.startswith("local-dir:")
+    if local and args.pretrained:
+        raise Problem(f"--pretrained {args.pretrained}: {backbone_name(args.backbone)} holds its "
+                      "own weights; name a --backbone")
+    args.pretrained = args.pretrained or ("" if local else "openai")
     cuda = torch.cuda.is_available()        # says if the driver is too old
     if args.device == "cuda" and not cuda:
         raise Problem("--device cuda: PyTorch sees no CUDA device here; "
@@ -329,7 +333,7 @@ class Clip:
 
     @property
     def augment(self):
-        """The training augmentation (authors' code): random crop of 8 to 100 % of the area, flip."""
+        """The training augmentation: a random crop of 8 to 100 % of the area, and a flip."""
         size, bicubic = self.model.visual.preprocess_cfg["size"], InterpolationMode.BICUBIC
         return Compose([RandomResizedCrop(size, (0.08, 1.0), interpolation=bicubic),
                         RandomHorizontalFlip(), PILToTensor()])
@@ -735,6 +739,8 @@ class Run:
         A method that changes the image encoder (it has image_features) encodes its own training
         images. Raises Problem: unreadable image, a prompt file that does not fit."""
         args, began = self.args, time.time()
+        if args.export and hasattr(prompt, "image_features"):
+            raise Problem("--export: this method trains on pixels, not on features")
         for file in args.predict:
             features.read_image(file, own=True)
         for part in self.parts:

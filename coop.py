@@ -8,7 +8,7 @@ vectors, the context, and trains them on a few labeled images with cross-entropy
 
     w_c    = g([start] v_1 ... v_M [name of c] "." [end])      class feature of class c
     p(c|x) = softmax_c(tau * f(x) . w_c)                        CLIP's classifier
-    L      = mean over the batch of -log p(y|x)                 cross-entropy, minimized over v
+    L      = mean over the batch of -log p(y|x)                 cross-entropy
 
     f(x)   unit-norm image feature of image x with label y, from the frozen image encoder   (D,)
     g      the frozen text encoder, read at the end token and normalized                    (D,)
@@ -19,13 +19,12 @@ One context serves all classes, so it can be tested on classes it was not traine
 trains on the first half of the classes, then classifies each half among its own classes. CoOp loses
 accuracy on the new half; ProGrad, MVP-MI and RESTORE try to prevent that.
 
-Try, on the embedded data set "shapes" (seed 1):
-    python coop.py --base-to-new --shots 16
+Try, on the embedded data set "shapes" (seed 1): --base-to-new --shots 16, and
     python coop.py --ctx-init "a photo of a"    start from these 4 words instead of noise (M = 4)
 
-paper: loss, context, schedule, augmentation. Authors' code: momentum, weight decay, the incomplete
-batch that is dropped. Ours: ten random crops of each image are encoded once, and each epoch uses
-one of them; --views 0 encodes fresh crops every epoch, as the paper does.
+paper: loss, schedule, augmentation. Authors' code: initialization, momentum, weight decay, the
+incomplete batch that is dropped. Ours: ten random crops of each image are encoded once, and each
+epoch uses one of them; --views 0 encodes fresh crops every epoch, as the paper does.
 """
 
 import math
@@ -68,8 +67,6 @@ def initial_context(run):
     """Return the context before training: the words of --ctx-init, or Gaussian noise."""
     copies = [len(run.classes)] if run.args.class_specific else []
     if run.args.ctx_init:
-        if "n_ctx" in run.args.typed:
-            raise common.Problem("--n-ctx beside --ctx-init: M is the number of the words' tokens")
         return common.embed(run.clip, run.args.ctx_init).repeat(*copies, 1, 1)
     width = run.clip.text.token_embedding.embedding_dim
     v = 0.02 * torch.randn(*copies, run.args.n_ctx, width)  # on the CPU: alike on every device
@@ -103,7 +100,7 @@ def flags():
     """Return the parser of this script's flags."""
     parser = common.flags(__doc__, lr=0.002, batch_size=32, n_ctx=16)
     parser.add_argument("--ctx-init", type=common.words, default="", metavar="WORDS",
-                        help="start from these words instead of noise")
+                        help="start from these words")
     parser.add_argument("--class-specific", action="store_true",
                         help="learn one context per class; it cannot be used with new classes")
     parser.add_argument("--position", choices=["end", "middle", "front"], default="end",

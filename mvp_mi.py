@@ -37,8 +37,7 @@ h_c; a learned one reaches the bound by itself, and its pull on v ends.
 At test time a trained class uses w_c, a new class the mean of w_c and h_c, normalized (ours): the
 context has not been trained on it.
 
-Try, on the embedded data set "shapes" (seed 1):
-    python mvp_mi.py --base-to-new --shots 16
+Try, on the embedded data set "shapes" (seed 1): --base-to-new --shots 16, and
     python mvp_mi.py --mi-weight 0 --image-weight 0 --augment 0 --classifier soft     this is CoOp
 
 Schedule, momentum, weight decay, the incomplete batch that is dropped: as in CoOp. Ours: ten random
@@ -93,8 +92,6 @@ def initial_context(run):
     """Return the context before training: the words of --ctx-init, or Gaussian noise."""
     copies = [len(run.classes)] if run.args.class_specific else []
     if run.args.ctx_init:
-        if "n_ctx" in run.args.typed:
-            raise common.Problem("--n-ctx beside --ctx-init: M is the number of the words' tokens")
         return common.embed(run.clip, run.args.ctx_init).repeat(*copies, 1, 1)
     width = run.clip.text.token_embedding.embedding_dim
     v = 0.02 * torch.randn(*copies, run.args.n_ctx, width)  # on the CPU: alike on every device
@@ -176,7 +173,7 @@ def flags():
     """Return the parser of this script's flags."""
     parser = common.flags(__doc__, lr=0.002, batch_size=32, n_ctx=16)
     parser.add_argument("--ctx-init", type=common.words, default="", metavar="WORDS",
-                        help="start from these words instead of noise")
+                        help="start from these words")
     parser.add_argument("--class-specific", action="store_true",
                         help="learn one context per class; it cannot be used with new classes")
     parser.add_argument("--position", choices=["end", "middle", "front"], default="end",

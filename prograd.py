@@ -2,37 +2,37 @@
 
 Zhu, Niu, Han, Wu, Zhang: "Prompt-aligned Gradient for Prompt Tuning", ICCV 2023, arXiv 2205.14865.
 
-CoOp's context fits a few training images and forgets general knowledge: accuracy drops on unseen
-classes and, with very few images, even on the training classes. ProGrad lets zero-shot CLIP's
-predictions with a hand-crafted prompt stand for that knowledge. If a step along CoOp's gradient
-would move away from these predictions, the conflicting component is removed. CLIP is frozen.
+CoOp's context fits a few training images and forgets general knowledge. ProGrad lets zero-shot
+CLIP's predictions stand for that knowledge: if a step along CoOp's gradient would move away from
+them, the conflicting component of the gradient is removed. CLIP is frozen.
 
     w_c    = g([start] v_1 ... v_M [name of c] "." [end])      class feature of class c
     p(c|x) = softmax_c(tau * f(x) . w_c)                        CLIP's classifier
-    L      = mean over the batch of -log p(y|x)                 cross-entropy, as in CoOp
+    L      = mean over the batch of -log p(y|x)                 cross-entropy
     L_g    = mean over the batch of KL(p_zs(.|x) || p(.|x))     distance to zero-shot CLIP
     G_d    = dL/dv,  G_g = dL_g/dv                              domain and general gradient
     G      = G_d                                                if G_d . G_g >= 0
-             G_d - lambda * (G_d . G_g / |G_g|^2) * G_g         if G_d . G_g < 0, a conflict
+             G_d - lambda * (G_d . G_g / |G_g|^2) * G_g         in a conflict; lambda = 1
 
     f(x)   unit-norm image feature of image x with label y, from the frozen image encoder   (D,)
     g      the frozen text encoder, read at the end token and normalized                    (D,)
     v      the learned context: M vectors of the text encoder's width W                     (M, W)
     tau    CLIP's learned inverse temperature (100 in OpenAI's models), not its logarithm
     p_zs   zero-shot CLIP's prediction, with the data set's hand-crafted template
-    lambda the share of the conflict that is removed, 1 by default
 
-L_g is never minimized; its gradient only filters G_d. With lambda = 1, a conflict leaves G
-orthogonal to G_g, so a small step along -G keeps L_g to first order. SGD adds weight decay and
-momentum to G afterwards, so the actual step can still change L_g.
+L_g only filters G_d, it is never minimized. With lambda = 1 a conflict leaves G orthogonal to G_g:
+a small step along -G keeps L_g to first order. SGD adds weight decay and momentum to G afterwards.
 
-Try, on the embedded data set "shapes" (seed 1):
-    python prograd.py --base-to-new --shots 16
+One context serves all classes, so it can be tested on classes it was not trained on: --base-to-new
+trains on the first half of the classes, then classifies each half among its own classes. CoOp loses
+accuracy on the new half; ProGrad, MVP-MI and RESTORE try to prevent that.
+
+Try, on the embedded data set "shapes" (seed 1): --base-to-new --shots 16, and
     python prograd.py --projection 0             lambda = 0: no projection, same initial context
 
-paper: losses, projection, schedule, augmentation. Authors' code: initialization, momentum, weight
-decay, the incomplete batch that is dropped. Ours: ten random crops of each image are encoded once,
-and each epoch uses one of them; --views 0 encodes fresh crops every epoch, as the paper does.
+paper: loss, schedule, augmentation. Authors' code: initialization, momentum, weight decay, the
+incomplete batch that is dropped. Ours: ten random crops of each image are encoded once, and each
+epoch uses one of them; --views 0 encodes fresh crops every epoch, as the paper does.
 """
 
 import math
@@ -58,8 +58,7 @@ class Prompt(torch.nn.Module):
 
         names  one pair per class: embeddings of its name, (l, W), and of ".", (1, W)"""
         start, end = common.start_end(self.clip)        # (1, W) each
-        if len(self.left_over):                         # in front of every name
-            names = [(torch.cat([self.left_over, name]), dot) for name, dot in names]
+        names = [(torch.cat([self.left_over, name]), dot) for name, dot in names]
         if self.position == "end" and self.v.ndim == 2:
             return common.encode_text(self.clip, [start, self.v], [[*pair, end] for pair in names])
         prompts = []
@@ -75,26 +74,19 @@ class Prompt(torch.nn.Module):
 
 
 def initial_context(run):
-    """Return the context before training, and template tokens that do not become part of it.
-
-    The words before "{}" in ProGrad's template, or those of --ctx-init, fill the last slots; the
-    slots before them are zero. As in the authors' code, v takes as many tokens as there are words
-    between spaces: "a type of pet, a photo of a" has 8 words and, with the comma, 9 tokens. The
-    last one, "a", is left over: it stays in front of the class name and is not learned."""
+    """Return the context before training: zeros, then the words of ProGrad's template (or of
+    --ctx-init). As in the authors' code it takes as many tokens as there are words: of the 9 tokens
+    of "a type of pet, a photo of a", with a comma, "a" is left over, frozen in front of the name."""
     copies = [len(run.classes)] if run.args.class_specific else []
     words = run.args.ctx_init or run.data.prograd_template.split("{}")[0]
-    tokens = common.embed(run.clip, words)
-    words, left_over = tokens.tensor_split([len(words.split())])
+    words, left_over = common.embed(run.clip, words).tensor_split([len(words.split())])
     words = words[-run.args.n_ctx:]                     # more words than slots: the last ones
-    v = torch.zeros(run.args.n_ctx, words.shape[1], device=words.device)
-    v[len(v) - len(words):] = words
+    v = F.pad(words, (0, 0, run.args.n_ctx - len(words), 0))
     return v.repeat(*copies, 1, 1), left_over
 
 
 def project(g_d, g_g, lambda_):
-    """Return G_d; in a conflict, remove lambda times its component along G_g.
-
-    The dot product is over the whole context. There is no `if`, for which a GPU would wait."""
+    """Return G_d; in a conflict, remove lambda times its component along G_g. All are as v."""
     dot = (g_d * g_g).sum()
     return torch.where(dot < 0, g_d - lambda_ * dot / (g_g * g_g).sum() * g_g, g_d)
 
@@ -132,7 +124,7 @@ def flags():
     """Return the parser of this script's flags."""
     parser = common.flags(__doc__, lr=0.002, batch_size=32, n_ctx=16)
     parser.add_argument("--ctx-init", type=common.words, default="", metavar="WORDS",
-                        help="put these words into the last slots instead of the template's")
+                        help="start from these words")
     parser.add_argument("--class-specific", action="store_true",
                         help="learn one context per class; it cannot be used with new classes")
     parser.add_argument("--position", choices=["end", "middle", "front"], default="end",

@@ -37,8 +37,7 @@ The loss:
 L_fs alone would let both shifts grow, as long as they grow alike. The surgery corrects the features
 of an encoder that has moved far.
 
-Try, on the embedded data set "shapes" (seed 1):
-    python restore.py --base-to-new
+Try, on the embedded data set "shapes" (seed 1): --base-to-new --shots 16, and
     python restore.py --shift-weight 0 --blend 0     independent prompts in both encoders (IVLP)
 
 The released code differs from the paper: class Released, below. SGD, schedule and the incomplete

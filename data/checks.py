@@ -7,13 +7,13 @@ from data.results import records
 
 def flags(args):
     """Raise Problem where flags do not go together, or where a run could not write its results."""
-    if args.pretrained and (args.backbone or "").startswith("local-dir:"):
-        raise Problem(f"--pretrained {args.pretrained}: {args.backbone} holds its own weights")
     if len(set(args.transfer)) < len(args.transfer) or set(args.transfer) & set(args.dataset):
         raise Problem("--transfer: names a data set twice, or the one that is learned")
     if getattr(args, "class_specific", False) and (args.base_to_new or args.transfer):
         raise Problem("--class-specific has no context for classes that were not learned: "
                       "no --base-to-new, no --transfer")
+    if {"n_ctx", "ctx_init"} <= {*args.typed} and not args.defaults["ctx_init"] and not args.load:
+        raise Problem("--n-ctx beside --ctx-init: the words decide how many tokens are learned")
     if args.save and args.load:
         raise Problem("--save beside --load: the prompt is saved already")
     runs = [(dataset, shots, seed) for dataset in args.dataset for shots in args.shots
@@ -54,7 +54,7 @@ def names(clip, args, sets):
     ImageNet's published names hold two such pairs: a published data set is only told of. The tiny
     CLIP's embeddings of words that it has never met are zeros."""
     met = clip.text.token_embedding.weight.ne(0).any(-1).tolist()
-    texts = [args.template or "", getattr(args, "ctx_init", "") or ""]
+    texts = [(args.template or "").replace("|", " "), getattr(args, "ctx_init", "") or ""]
     for data in sets:
         prompts = {}
         for name in data.classnames:

@@ -73,9 +73,9 @@ def read_weights(name, file, chosen):
         state = open_clip.factory.load_state_dict(file)
         if not all(isinstance(tensor, torch.Tensor) for tensor in state.values()):
             raise ValueError("holds something else than tensors")
-    except Exception as error:
-        cause = " ".join(str(error).split())[:200]
-        raise Problem(f"--pretrained {file}: cannot be read as CLIP weights ({cause})") from None
+    except Exception:       # whatever torch or safetensors raise
+        raise Problem(f"--pretrained {file}: is no file of CLIP weights (TorchScript, safetensors, "
+                      "or torch.save of tensors)") from None
     quick = name.endswith("-quickgelu") or sha256(file) in openai_digests()
     sibling = f"{name}-quickgelu"
     if not quick and sibling in open_clip.list_models():

@@ -291,7 +291,7 @@ def test_a_tensor_digest_covers_names_dtypes_shapes_and_bytes():
 
 
 def test_an_image_key_covers_architecture_weights_and_more():
-    visual = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.GELU())
+    visual = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.ReLU())
     others = [copy.deepcopy(visual) for _ in range(4)]
     others[1][1] = torch.nn.SiLU()
     others[2][0].heads = 2

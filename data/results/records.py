@@ -23,9 +23,9 @@ HERE = Path(__file__).resolve().parent.parent.parent
 COMPUTING = [HERE / "common.py", HERE / "data" / "features.py"]     # and the method's script
 # Flags that change no number, or that the identity holds in another form.
 ELSEWHERE = {"dataset", "data_root", "skip_unreadable", "backbone", "pretrained", "shots", "seeds",
-             "base_to_new", "transfer", "class_chunk", "device", "precision", "cache", "out",
+             "base_to_new", "transfer", "class_chunk", "device", "cache", "out",
              "again", "save", "load", "predict", "export", "typed", "defaults"}
-OF_A_TEST = ["template", "test_images", "validation"]       # with which a saved prompt is tested
+OF_A_TEST = ["template", "test_images", "validation", "precision"]    # not of a training
 SCORES = {"few-shot": ["zero_shot", "accuracy"],
           "base-to-new": ["zero_shot_base", "zero_shot_new", "zero_shot_harmonic",
                           "base", "new", "harmonic"]}

@@ -21,7 +21,6 @@ HERE = Path(__file__).resolve().parent
 SETS = HERE.parent / "sets"
 COLUMNS = ["base", "new", "H", "KL base", "KL new", "shift gap"]    # few-shot: "4 shots", ...
 OTHER_UNITS = COLUMNS[3:]                                           # the others are percentages
-OF_A_TEST = ["template", "precision", "test_images"]    # flags that change zero-shot CLIP, too
 # suite "embedded data sets", about "tiny_clip, base-to-new", shots "4 shots" ("" for few-shot)
 Table = namedtuple("Table", "suite about shots")
 # seed None: zero-shot CLIP; data: zero-shot CLIP's row here and at the source, digest of the data
@@ -134,7 +133,7 @@ def measure(r, about):
         scores = {"base": (r["base"], r["zero_shot_base"]), "new": (r["new"], r["zero_shot_new"]),
                   "H": (r["harmonic"], r["zero_shot_harmonic"]), "KL base": (kl.get("base"), None),
                   "KL new": (kl.get("new"), None), "shift gap": (shift.get("gap"), None)}
-    flags = {name: r["changed"][name] for name in OF_A_TEST if name in r["changed"]}
+    flags = {name: r["changed"][name] for name in records.OF_A_TEST if name in r["changed"]}
     own = name_row("zero-shot", flags)
     yield table, r["dataset"], (own, own, r["data"]), scores
     flags.pop("template", None)                     # a target has its own template
