@@ -28,8 +28,8 @@ STEPS = 5                                       # of an epoch: 20 images in batc
 
 
 def load(device, precision="fp32"):
-    """ViT-B-32 with random weights, which are drawn on the CPU: the same on every device."""
-    return common.load_clip("ViT-B-32", "random", device, precision)
+    """ViT-S-32 with random weights, which are drawn on the CPU: the same on every device."""
+    return common.load_clip("ViT-S-32", "random", device, precision)
 
 
 def make(method, clip, folder, *flags):
@@ -44,8 +44,8 @@ def make(method, clip, folder, *flags):
     del run.batches, run.pixel_batches          # make_run's own: the run has its usual ones
     run.items = [Item(path, k % 4, "") for k, path in enumerate(make_images(folder / "noise", 20))]
     run.labels = torch.arange(20, device=clip.device) % 4
-    rng = torch.Generator().manual_seed(1)
-    run.features = F.normalize(torch.randn(20, 2, 512, generator=rng), dim=-1).to(clip.device)
+    rng, dim = torch.Generator().manual_seed(1), clip.model.visual.output_dim
+    run.features = F.normalize(torch.randn(20, 2, dim, generator=rng), dim=-1).to(clip.device)
     torch.manual_seed(1)
     if method == "restore":
         released = restore.Released if run.args.prompts == "coupled" else restore.Prompt

@@ -63,29 +63,32 @@ def test_schedule_loss_and_accuracies_are_repeated_in_numpy(exported):
 def test_a_whole_training_is_repeated_with_a_text_encoder(exported, tiny, method):
     """From start/v and the numbers of the tokens to end/v."""
     a, told, _ = exported(method)
-    optimizer, tokens, model = told["optimizer"], told["tokens"]["base"], tiny.model
-    embed = {name: [model.token_embedding(torch.tensor(numbers)) for numbers in lists]
-             for name, lists in tokens.items() if name not in ("name_lengths", "templates")
-             and isinstance(lists, list)}
-    start, end = (model.token_embedding(torch.tensor([tokens[name]]))
-                  for name in ("start_of_text", "end_of_text"))
-    templates = [torch.cat([start, x, end]) for x in embed["prograd_templates"]]
-    w_zs = text_encoder(model, templates).detach()
-    v, u, tau = torch.tensor(a["start/v"], requires_grad=True), 0, told["logit_scale"]
-    for lr, rows, crops in zip(a["learning_rates"], a["rows"], a["crops"]):
-        for row, crop in zip(rows, crops):
-            f, y = (torch.from_numpy(x) for x in (a["features"][row, crop], a["labels"][row]))
-            names = [torch.cat([start, v, x, end]) for x in embed["names_with_full_stop"]]
-            logits = tau * f @ text_encoder(model, names).T
-            (g,) = torch.autograd.grad(F.cross_entropy(logits, y), v, retain_graph=True)
-            if method == "prograd":
-                p_zs = (tau * f @ w_zs.T).softmax(-1)
-                (g_g,) = torch.autograd.grad(-(p_zs * logits.log_softmax(-1)).sum(-1).mean(), v)
-                dot = (g * g_g).sum()
-                g = g if dot >= 0 else g - dot / g_g.square().sum() * g_g
-            with torch.no_grad():
-                u = optimizer["momentum"] * u + g + optimizer["weight_decay"] * v
-                v -= lr * u
+    tokens, tau, optimizer = told["tokens"]["base"], told["logit_scale"], told["optimizer"]
+
+    def prompts(before, lists):
+        start, end = (embed([tokens[name]]) for name in ("start_of_text", "end_of_text"))
+        return [torch.cat([start, *before, embed(numbers), end]) for numbers in lists]
+
+    def embed(numbers):
+        return tiny.model.token_embedding(torch.tensor(numbers))
+
+    w_zs = text_encoder(tiny.model, prompts([], tokens["prograd_templates"])).detach()
+    v, u = torch.tensor(a["start/v"], requires_grad=True), 0
+    steps = [(lr, *step) for lr, rows, crops in zip(a["learning_rates"], a["rows"], a["crops"])
+             for step in zip(rows, crops)]
+    for lr, rows, crops in steps:
+        f, y = (torch.from_numpy(x) for x in (a["features"][rows, crops], a["labels"][rows]))
+        w = text_encoder(tiny.model, prompts([v], tokens["names_with_full_stop"]))
+        logits = tau * f @ w.T
+        (g,) = torch.autograd.grad(F.cross_entropy(logits, y), v, retain_graph=True)
+        if method == "prograd":
+            l_g = F.cross_entropy(logits, (tau * f @ w_zs.T).softmax(-1))   # KL plus an entropy
+            (g_g,) = torch.autograd.grad(l_g, v)
+            dot = (g * g_g).sum()
+            g = g if dot >= 0 else g - dot / g_g.square().sum() * g_g
+        with torch.no_grad():
+            u = optimizer["momentum"] * u + g + optimizer["weight_decay"] * v
+            v -= lr * u
     moved = np.abs(a["end/v"] - a["start/v"]).max()
     assert np.abs(v.detach().numpy() - a["end/v"]).max() < 1e-3 * moved
 

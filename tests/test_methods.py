@@ -1,6 +1,7 @@
 """What each method does: learned parameters, start, loss, update; and its constants."""
 
 import ast
+import contextlib
 import difflib
 import functools
 import importlib
@@ -394,7 +395,8 @@ def test_trained_classes_use_w_and_new_ones_the_mean_with_h(classifier, trained_
     w = training.prompt(common.name_embeddings(run.clip, names))
     h = common.template_features(run.clip, run.data.template, names)
     views = {"w": w, "mean": F.normalize(w + h, dim=-1)}
-    found = training.prompt.class_features(common.Part("", run.data, [], [(3, NAMES[3]), (8, "River")]))
+    part = common.Part("", run.data, [], [(3, names[0]), (8, names[1])])
+    found = training.prompt.class_features(part)
     assert torch.allclose(found[0], views[trained_class][0], atol=1e-6)
     assert torch.allclose(found[1], views[new_class][1], atol=1e-6)
 
@@ -410,13 +412,11 @@ def restored(clip, *flags):
 def pass_through(blocks, encode, *given):
     """What an encoder returns, and of each of its blocks the input and the output."""
     seen = []
-    hooks = [block.register_forward_hook(lambda _, x, y: seen.append((x[0], y))) for block in blocks]
-    try:
-        with torch.no_grad():
-            return encode(*given), seen
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with contextlib.ExitStack() as hooks:
+        for block in blocks:
+            hook = block.register_forward_hook(lambda _, x, y: seen.append((x[0], y)))
+            hooks.enter_context(hook)
+        return encode(*given), seen
 
 
 def test_without_prompts_both_encoders_are_clips(small):
@@ -430,36 +430,32 @@ def test_without_prompts_both_encoders_are_clips(small):
 
 
 def test_text_prompts_replace_tokens_1_to_n_of_the_first_blocks(small):
-    prompt = restored(small, "--depth", 2)
-    names = common.name_embeddings(small, NAMES)
-    (_, states), seen = pass_through(restore.text_blocks(small), prompt.encode_text, names,
-                                     prompt.text())
-    first = prompt.text()[0] + small.text.positional_embedding[1:3]
+    prompt, names = restored(small, "--depth", 2), common.name_embeddings(small, NAMES)
+    blocks, p = restore.text_blocks(small), prompt.text()
+    (_, states), seen = pass_through(blocks, prompt.encode_text, names, p)
+    first = p[0] + small.text.positional_embedding[1:3]
+    assert torch.equal(seen[0][0][:, 1:3], first.expand(5, -1, -1))
+    (_, y_1), (x_2, y_2), (x_3, y_3) = seen
+    assert torch.equal(x_2, torch.cat([y_1[:, :1], p[1].expand(5, -1, -1), y_1[:, 3:]], 1))
+    assert torch.equal(x_3, y_2)                                # later blocks run as they are
     ends = torch.tensor([5 + len(name) + len(dot) for name, dot in names])
-    for k, (x, y) in enumerate(seen):
-        assert x.shape == seen[0][0].shape                      # no prompt is added to another
-        assert torch.equal(states[:, k], y[torch.arange(5), ends])          # at the end token
-        if k < 2:
-            assert torch.equal(x[:, 1:3], [first, prompt.text()[1]][k].expand(5, -1, -1))
-        before = seen[max(k - 1, 0)][1 if k else 0]
-        assert torch.equal(x[:, 3 if k < 2 else 0:], before[:, 3 if k < 2 else 0:])
+    assert torch.equal(states[:, 2], y_3[torch.arange(5), ends])
 
 
 def test_image_prompts_stand_behind_the_patches_and_are_replaced_in_the_first_blocks(small):
-    prompt, visual = restored(small, "--depth", 2), small.visual
-    (_, states), seen = pass_through(restore.image_blocks(small), prompt.encode_image,
-                                     torch.randn(3, 3, 32, 32), prompt.image())
-    q = [some.expand(3, -1, -1) for some in prompt.image()]
-    assert [x.shape[1] for x, _ in seen] == [17 + 2] * 4
-    assert torch.allclose(seen[0][0][:, 17:], visual.ln_pre(q[0]), atol=1e-5)
-    assert torch.equal(seen[1][0], torch.cat([seen[0][1][:, :17], q[1]], 1))
-    assert torch.equal(seen[2][0], seen[1][1])                  # later blocks run as they are
-    assert all(torch.equal(states[:, k], y[:, 0]) for k, (_, y) in enumerate(seen))
+    prompt, pixels = restored(small, "--depth", 2), torch.randn(3, 3, 32, 32)
+    blocks, q = restore.image_blocks(small), [some.expand(3, -1, -1) for some in prompt.image()]
+    (_, states), seen = pass_through(blocks, prompt.encode_image, pixels, prompt.image())
+    (x_1, y_1), (x_2, y_2), (x_3, _), (_, y_4) = seen           # 1 + 16 tokens, and 2 prompts
+    assert torch.allclose(x_1[:, 17:], small.visual.ln_pre(q[0]), atol=1e-5)
+    assert torch.equal(x_2, torch.cat([y_1[:, :17], q[1]], 1)) and torch.equal(x_3, y_2)
+    assert torch.equal(states[:, 3], y_4[:, 0])
 
 
-def test_it_starts_as_words_and_noise():
-    made = trained("restore").made
-    assert torch.equal(made["text_prompts.0"], common.embed(small_clip(**SIZES), "a photo"))
+def test_prompts_start_as_words_and_noise_and_the_words_stay_what_they_are(small):
+    made, words = trained("restore").made, common.embed(small, "a photo of a")
+    assert torch.equal(made["text_prompts.0"], words[:2])
+    assert torch.equal(trained("restore").prompt.words, words)              # after the training
     noise = [p.flatten() for name, p in made.items() if "_prompts." in name]
     assert torch.cat(noise[1:]).std().item() == pytest.approx(0.02, rel=0.05)
     assert abs(torch.cat(noise[1:]).mean().item()) < 0.002
@@ -488,8 +484,6 @@ def test_the_blend_is_the_share_of_the_surgery(small):
 def test_an_encoder_without_prompts_or_blend_has_no_surgery(small, flags, text, image):
     prompt = restored(small, *flags)
     assert (prompt.text_surgery is not None, prompt.image_surgery is not None) == (text, image)
-    if "--towers" in flags:
-        assert (len(prompt.text()) > 0, len(prompt.image()) > 0) == (text, image)
 
 
 def test_at_the_first_step_all_prompts_learn_and_of_the_surgery_only_down(small):
@@ -528,11 +522,6 @@ def test_an_encoder_without_prompts_does_not_shift_in_any_epoch(cli, views):
     assert after["gap"] == pytest.approx(sum(after["text"]) / len(after["text"]), rel=1e-3)
 
 
-def test_the_frozen_text_states_stay_those_of_the_words():
-    assert torch.equal(trained("restore").prompt.words, common.embed(small_clip(**SIZES),
-                                                                     "a photo of a"))
-
-
 @pytest.mark.parametrize("epochs, raised_after", [(10, 3), (5, 1), (2, 0), (1, None)])
 def test_blends_are_raised_once_after_a_third_and_never_after_the_last_update(epochs, raised_after):
     training = follow(config("restore", epochs=epochs, steps=1, lr=0.0035, blend_text=0.3))
@@ -558,8 +547,10 @@ def test_prompts_in_chunks_of_classes_have_the_same_states_and_gradients(small):
         assert (a - b).norm() < 1e-5 * a.norm()
 
 
-def test_prompts_enter_the_blocks_that_both_encoders_have(small):
-    assert len(restored(small).text()) == len(restored(small).image()) == 3         # not 9
+@pytest.mark.parametrize("towers, text, image", [("both", 3, 3), ("text", 3, 0), ("vision", 0, 3)])
+def test_prompts_enter_the_blocks_that_both_encoders_have(small, towers, text, image):
+    prompt = restored(small, "--towers", towers)                            # not 9 blocks, but 3
+    assert (len(prompt.text()), len(prompt.image())) == (text, image)
 
 
 def test_a_resnet_is_refused(small):

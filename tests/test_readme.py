@@ -13,6 +13,7 @@ import common
 
 HERE = Path(__file__).parent.parent
 README = (HERE / "README.md").read_text()
+METHODS = ["coop.py", "prograd.py", "mvp_mi.py", "restore.py"]
 PATCHES = re.findall(r"```diff\n(--- a/(\S+)\n.*?)```", README, re.S)
 
 
@@ -36,28 +37,33 @@ def commands():
         for name, values in variables.items():
             lines = [some.replace(name, value) for some in lines for value in values]
         for words in map(lambda text: shlex.split(text, comments=True), dict.fromkeys(lines)):
-            start = [k for k, word in enumerate(words) if word in ("python", "!python", "echo")]
+            start = [k for k, word in enumerate(words) if word in ("python", "!python")]
             argv = words[start[0] + 1:] if start else [""]
-            if argv and re.fullmatch(r"\w+\.py", argv[0]) and (HERE / argv[0]).exists():
+            if argv and argv[0] in [*METHODS, "common.py"]:
                 found.append(argv)
     return found
 
 
 def test_every_command_is_understood(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    Path("path/to/pictures").mkdir(parents=True)
+    Path("path/to/images").mkdir(parents=True)
     called = []
-    monkeypatch.setattr(common, "runs", lambda script, args, **_: called.append(args) or [])
+
+    def understand(script, parser, argv=None):
+        called.append(parser.parse_args(argv))
+        return []
+
+    monkeypatch.setattr(common, "runs", understand)
     methods = [argv for argv in commands() if argv[0] != "common.py"]
     for argv in methods:
         monkeypatch.setattr(sys, "argv", argv)
         importlib.import_module(Path(argv[0]).stem).main()
-    assert len(called) == len(methods) > 40
+    assert len(called) == len(methods) >= 20
 
 
 @pytest.mark.parametrize("patch, name", PATCHES, ids=[name for _, name in PATCHES])
 def test_a_patch_fits_and_runs(patch, name, cli, tmp_path, monkeypatch):
-    original = HERE / name if (HERE / name).exists() else HERE / "coop.py"
+    original = HERE / (name if name in METHODS else "coop.py")
     (tmp_path / name).write_text(original.read_text())
     subprocess.run(["git", "apply", "-"], cwd=tmp_path, input=patch, text=True, check=True)
     assert (tmp_path / name).read_text() != original.read_text()
@@ -68,10 +74,20 @@ def test_a_patch_fits_and_runs(patch, name, cli, tmp_path, monkeypatch):
     assert Path(sys.modules[Path(name).stem].__file__).parent == tmp_path
 
 
+def test_the_python_example_runs(root, tmp_path, monkeypatch, capsys):
+    (code,) = re.findall(r"```python\n(import .*?)```", README, re.S)
+    small = f'"16", "--data-root", "{root}", "--epochs", "2"'
+    monkeypatch.chdir(tmp_path)
+    exec(code.replace('"16"', small), {})
+    accuracy, similarities = capsys.readouterr().out.split("\n", 1)
+    assert 0 <= float(accuracy) <= 100 and "tensor" in similarities
+    assert not (tmp_path / "runs").exists()
+
+
 def test_the_patches_are_these():
     assert [name for _, name in PATCHES] == ["prograd.py", "kgcoop.py"]
 
 
 def test_pictures_of_the_readme_are_there():
     pictures = re.findall(r"!\[[^]]+\]\(([^)]+)\)", README)
-    assert len(pictures) > 4 and all((HERE / picture).is_file() for picture in pictures)
+    assert len(pictures) > 1 and all((HERE / picture).is_file() for picture in pictures)

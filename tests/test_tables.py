@@ -149,11 +149,14 @@ def test_transfer_is_of_the_newest_images_of_target_and_source(printed):
     assert tables[f"shapes to other data sets, {TRANSFER}"][2] == ["coop", "50.0"]
 
 
-def test_two_templates_are_two_zero_shot_rows(printed):
-    found = [record(), record(changed={"template": "a {}."}, zero_shot=33.0, data="other")]
-    rows = rows_of(printed, found)
-    assert rows["zero-shot"] == ["60.0"]
-    assert rows["zero-shot --template 'a {}.'"] == ["33.0"]
+def test_two_templates_are_two_zero_shot_rows_but_a_target_of_transfer_has_its_own(printed):
+    to = {"scenes": {"zero_shot": 40.0, "accuracy": 50.0, "data": "scenes"}}
+    found = [record(), record(changed={"template": "a {}."}, zero_shot=33.0, transfer=to)]
+    tables, _ = printed(found, "--all")
+    assert tables["shapes, tiny_clip, few-shot"][1:3] == [
+        ["zero-shot", "60.0"], ["zero-shot --template 'a {}.'", "33.0"]]
+    assert [row[0] for row in tables[f"shapes to other data sets, {TRANSFER}"][1:]] == [
+        "zero-shot", "coop --template 'a {}.'"]
 
 
 def test_suites_and_folders(printed):
