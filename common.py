@@ -55,10 +55,14 @@ progress = functools.partial(tqdm, disable=None, leave=False)   # no bar without
 
 # ---------------------------------------------------------------- flags
 
-def flags(doc, lr, batch_size, n_ctx):
-    """Return a parser with the flags of every method; a method adds its own."""
+def flags(doc, lr, batch_size, n_ctx, embedded_lr=None):
+    """Return a parser with the flags of every method; a method adds its own.
+
+    embedded_lr  the default learning rate on the embedded data sets, if it is another one"""
     p = Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter,
                allow_abbrev=False)
+    p.learning_rates = lr, embedded_lr or lr
+    also = f"; embedded data: {embedded_lr}" if embedded_lr else ""
     count, whole = number(int, 1, low_ok=True), number(int, 0, low_ok=True)
 
     add = p.add_argument_group("data and CLIP").add_argument
@@ -88,8 +92,9 @@ def flags(doc, lr, batch_size, n_ctx):
     add("--shots", type=several(count), default=[4], metavar="N,...",
         help="training images per class (4)")
     add("--seeds", type=several(whole), default=[1], metavar="N,...", help="a run for each (1)")
-    add("--epochs", type=count, metavar="N", help="passes over the training images (see above)")
-    add("--lr", type=number(), default=lr, help=f"learning rate ({lr})")
+    add("--epochs", type=count, metavar="N",
+        help="passes over the training images (see the script)")
+    add("--lr", type=number(), help=f"learning rate ({lr}{also})")
     add("--batch-size", type=count, default=batch_size, metavar="N",
         help=f"training images per step ({batch_size})")
     add("--views", type=number(int, 0, 2**20, low_ok=True), default=10, metavar="N",
@@ -169,11 +174,12 @@ def take_from(args, origin):
             setattr(args, name, value)
 
 
-def settle(args, dataset):
+def settle(args, parser, dataset):
     """Return the flags of the runs on one data set, with the defaults that depend on others."""
     args, embedded = copy.copy(args), is_embedded(dataset)
     tiny = f"local-dir:{TINY_CLIP}"
     args.dataset = dataset
+    args.lr = args.lr or parser.learning_rates[embedded]
     args.backbone = args.backbone or (tiny if embedded else "ViT-B-16")
     if args.backbone == "tiny_clip":
         args.backbone = tiny
@@ -206,7 +212,7 @@ def runs(script, parser, argv=None):
     mine, done, failed = share(jobs), [], []
     for dataset, group in itertools.groupby(mine, key=lambda job: job[0]):
         with note_failure(dataset, failed, len(mine) > 1):
-            for run in runs_on(dataset, list(group), script, settle(args, dataset)):
+            for run in runs_on(dataset, list(group), script, settle(args, parser, dataset)):
                 if len(mine) > 1:
                     run.title += f", run {mine.index(run.job) + 1} of {len(mine)}"
                 run.errors = note_failure(run.title, failed, len(mine) > 1)

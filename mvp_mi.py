@@ -1,8 +1,8 @@
 """MVP-MI: a learned prompt that stays informative about the hand-crafted one.
 
 Q. Zhang: "Generalizable Prompt Tuning for Vision-Language Models", 2024, arXiv 2410.03189. Only its
-abstract and summaries could be read, no equation, and there is no public code. **paper** marks what
-they say, **ours** our reading of it, in the simplest form.
+abstract and summaries could be read, no equation, and there is no public code. "Paper" marks what
+they say, "ours" our reading of it, in the simplest form.
 
 A learned prompt fits the training classes, a hand-crafted one serves all classes. The method treats
 them as two views of the text and maximizes their mutual information, so that the learned prompt
@@ -11,28 +11,27 @@ trained on, and a learnable critic measures the mutual information (paper). CLIP
 
     w_c    = g([start] v_1 ... v_M [name of c] "." [end])      class feature of class c
     p(c|x) = softmax_c(tau * f(x) . w_c)                        CLIP's classifier
-    h_c    = g("a photo of a [name of c].")                     hand-crafted view, frozen
+    h_c    = g(the data set's template with the name of c)      hand-crafted view, frozen
     z      = a f(x_i) + (1 - a) f(x_j), normalized              Mixup of two images of one class
-    T(w,b) = cos(P w, Q b) / t,  b an h_k or a z                the critic (ours)
+    T(w,b) = cos(P w, Q b) / t                                  critic; b is an h_k or a z (ours)
     L_view = -1/(2C) sum_c [log softmax_k(T(w_c, h_k))_c        InfoNCE of the two views, both ways,
-                          + log softmax_k(T(w_k, h_c))_c]       over the C classes (ours)
+                          + log softmax_k(T(w_k, h_c))_c]       over the C trained classes (ours)
     L_img  = mean over z of -log softmax_k(T(w_k, z))_y         InfoNCE of mixed images (ours)
-    L      = mean over the batch and z of -log p(y|.) + lambda L_view + mu L_img
+    L      = mean over batch and mixtures of -log p(y|x) + lambda L_view + mu L_img
 
     f(x)   unit-norm image feature of image x with label y, from the frozen image encoder   (D,)
     g      the frozen text encoder, read at the end token and normalized                    (D,)
     v      the learned context: M vectors of the text encoder's width W                     (M, W)
     tau    CLIP's learned inverse temperature (100 in OpenAI's models), not its logarithm
-    z      two for each class of a batch: i and j are drawn from all training images of the class, a
-           from [0, 1] (ours). With one shot they are two crops of the same image
-    P, Q   (D, D), start as the identity; t starts at 0.07. Trained with v, without weight decay
-    lambda 1; mu is 1 and was not searched (ours)
+    z      two for each class in the batch: i and j are drawn with replacement from all training
+           images of the class, a random crop of each; a is uniform in [0, 1]; in L, z replaces f(x)
+    P, Q   (D, D), start as the identity; t starts at 0.07; trained like v, without weight decay
+    lambda 1: on validation images 0, 4 and 16 were as good; mu = 1 was not searched (ours)
 
-log C - L_view is a lower bound of the mutual information of a class's two views: the critic sees
-the class only through h, so it cannot name it better than h does (van den Oord et al. 2018). Since
-the class determines both views, that information is log C from the start. What training changes
-is how much of it the critic can read. A fixed critic (--critic cosine) keeps asking for w_c near
-h_c; a learned one reaches the bound by itself, and its pull on v ends.
+L_view >= 0, and the mutual information I(w; h) of the views of a random class is log C if no two
+classes share a w_c or an h_c: so log C - L_view is a lower bound of I (van den Oord et al. 2018).
+Training cannot raise I; it tightens the bound, as the views tell the classes apart more clearly. A
+fixed critic (--critic cosine) leaves that to v alone; a learned one can do a part of it by itself.
 
 At test time a trained class uses w_c, a new class the mean of w_c and h_c, normalized (ours): the
 context has not been trained on it.
@@ -40,9 +39,8 @@ context has not been trained on it.
 Try, on the embedded data set "shapes" (seed 1): --base-to-new --shots 16, and
     python mvp_mi.py --mi-weight 0 --image-weight 0 --augment 0 --classifier soft     this is CoOp
 
-Schedule, momentum, weight decay, the incomplete batch that is dropped: as in CoOp. Ours: ten random
-crops of each image are encoded once, and each epoch uses one of them; --views 0 encodes fresh crops
-every epoch.
+Ours as in CoOp: ten random crops of each image are encoded once, and each epoch uses one of them;
+--views 0 encodes fresh crops every epoch.
 """
 
 import math
@@ -54,14 +52,14 @@ import common
 
 
 class Prompt(torch.nn.Module):
-    """Soft prompts: class names surrounded by the learned context."""
+    """Soft prompts: class names with the learned context."""
 
     def __init__(self, clip, v, position="end", template=None, trained=()):
         super().__init__()
         self.clip = clip                                # a plain object: not in parameters()
         self.v = torch.nn.Parameter(v)                  # (M, W); class-specific: (C, M, W)
         self.position = position
-        self.template = template                        # of the hand-crafted view; None: not used
+        self.template = template                        # for new classes in a test; None: w_c
         self.trained = set(trained)                     # (label, name) of the classes
 
     def forward(self, names):
@@ -142,7 +140,7 @@ def train(prompt, run):
     if args.critic == "learned":                        # else nobody updates it
         optimizer.add_param_group({"params": critic.parameters(), "weight_decay": 0})
     rng = torch.Generator().manual_seed(run.seed)
-    epochs = args.epochs or common.default_epochs(run)  # 50 for 1 shot, 100 for 2 to 7, else 200
+    epochs = args.epochs or common.default_epochs(run)  # 50, 100 or 200 for 1, 2 to 7, 8+ shots
     for epoch in common.progress(range(epochs), desc="training", unit="epoch"):
         # One epoch of warm-up at 1e-5, then half a cosine from lr to almost 0.
         decay = (1 + math.cos(math.pi * (epoch - 1) / epochs)) / 2

@@ -44,7 +44,7 @@ import common
 
 
 class Prompt(torch.nn.Module):
-    """Soft prompts: class names surrounded by the learned context."""
+    """Soft prompts: class names with the learned context."""
 
     def __init__(self, clip, v, left_over, position="end"):
         super().__init__()
@@ -76,7 +76,7 @@ class Prompt(torch.nn.Module):
 def initial_context(run):
     """Return the context before training: zeros, then the words of ProGrad's template (or of
     --ctx-init). As in the authors' code it takes as many tokens as there are words: of the 9 tokens
-    of "a type of pet, a photo of a", with a comma, "a" is left over, frozen in front of the name."""
+    of "a type of pet, a photo of a", with its comma, "a" is left over, frozen before the name."""
     copies = [len(run.classes)] if run.args.class_specific else []
     words = run.args.ctx_init or run.data.prograd_template.split("{}")[0]
     words, left_over = common.embed(run.clip, words).tensor_split([len(words.split())])
@@ -96,7 +96,7 @@ def train(prompt, run):
     clip, args = run.clip, run.args
     names = common.name_embeddings(clip, run.classnames)
     optimizer = torch.optim.SGD(prompt.parameters(), args.lr, momentum=0.9, weight_decay=5e-4)
-    epochs = args.epochs or common.default_epochs(run)  # 50 for 1 shot, 100 for 2 to 7, else 200
+    epochs = args.epochs or common.default_epochs(run)  # 50, 100 or 200 for 1, 2 to 7, 8+ shots
     w_zs = common.template_features(clip, run.data.prograd_template, run.classnames)    # (C, D)
     for epoch in common.progress(range(epochs), desc="training", unit="epoch"):
         # One epoch of warm-up at 1e-5, then half a cosine from lr to almost 0.

@@ -43,7 +43,7 @@ def text_encoder(model, prompts):
 
 
 def test_schedule_loss_and_accuracies_are_repeated_in_numpy(exported):
-    """The first epoch's learning rate is 1e-5: its loss is still that of the context at the start."""
+    """In the first epoch, at 1e-5, the loss is still that of the context at the start."""
     a, told, record = exported("coop")
     lr, epochs = told["flags"]["lr"], told["flags"]["epochs"]
     cosine = [lr * (1 + np.cos(np.pi * (e - 1) / epochs)) / 2 for e in range(1, epochs)]

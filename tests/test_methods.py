@@ -123,7 +123,7 @@ def test_the_prompt_is_learned_with_weight_decay_and_mvp_mis_critic_without(meth
 
 
 SHARED = {"epochs": None, "views": 10, "shots": [4], "seeds": [1], "base_to_new": False}
-CONTEXT = {**SHARED, "lr": 0.002, "batch_size": 32, "n_ctx": 16, "ctx_init": "",
+CONTEXT = {**SHARED, "lr": 0.002, "batch_size": 32, "n_ctx": 16, "ctx_init": None,
            "class_specific": False, "position": "end"}
 DEFAULTS = {
     "coop": CONTEXT,

@@ -138,7 +138,7 @@ def flags(config):
 def softened(temperature):
     """Return torch.nn.functional with predictions softened, for ProGrad's L_g in prograd_comma.
 
-    There the loss is T^2 KL(softmax(zero-shot / T) || softmax(logits / T)); prograd.py has T = 1."""
+    There it is T^2 KL(softmax(zero-shot / T) || softmax(logits / T)); prograd.py has T = 1."""
     changed = {"softmax": lambda logits, dim: F.softmax(logits / temperature, dim),
                "log_softmax": lambda logits, dim: F.log_softmax(logits / temperature, dim),
                "kl_div": lambda *logits, **how: temperature ** 2 * F.kl_div(*logits, **how)}
