@@ -206,7 +206,7 @@ def runs(script, parser, argv=None):
     script  the method's __file__
 
     Skips runs that --out has already. Under torchrun every process takes its share. If there are
-    several data sets, one that fails is named at the end, and the others go on."""
+    several runs, one that fails is named at the end, and the others go on."""
     args = parse(parser, argv)
     jobs = list(itertools.product(args.dataset, args.shots, args.seeds))
     mine, done, failed = share(jobs), [], []
@@ -536,7 +536,7 @@ def start_end(clip):
 def name_embeddings(clip, classnames):
     """Return for every class the embeddings of its name, (l, W), and of the "." behind it, (1, W).
 
-    Tokenized together: they may share no token, but the tokenizer sees them side by side."""
+    They are tokenized together, as in the authors' code, and then split."""
     pairs = []
     for classname in classnames:
         name = classname.replace("_", " ")

@@ -19,10 +19,10 @@ One context serves all classes, so it can be tested on classes it was not traine
 trains on the first half of the classes, then classifies each half among its own classes. CoOp loses
 accuracy on the new half; ProGrad, MVP-MI and RESTORE try to prevent that.
 
-Try, on the embedded data set "shapes" (seed 1): --base-to-new --shots 16, and
-    python coop.py --ctx-init "a photo of a"    start from these 4 words instead of noise (M = 4)
+Try --base-to-new --shots 16 (on the embedded data set "shapes", seed 1), and then also
+    --ctx-init "a photo of a"      start from these 4 words instead of noise (M = 4)
 
-paper: loss, schedule, augmentation. Authors' code: initialization, momentum, weight decay, the
+Paper: loss, schedule, augmentation. Authors' code: initialization, momentum, weight decay, the
 incomplete batch that is dropped. Ours: ten random crops of each image are encoded once, and each
 epoch uses one of them; --views 0 encodes fresh crops every epoch, as the paper does.
 """
@@ -40,7 +40,7 @@ class Prompt(torch.nn.Module):
 
     def __init__(self, clip, v, position="end"):
         super().__init__()
-        self.clip = clip                                # a plain object: not in parameters()
+        self.clip = clip                                # no Module: none of its weights is trained
         self.v = torch.nn.Parameter(v)                  # (M, W); class-specific: (C, M, W)
         self.position = position
 
@@ -49,13 +49,13 @@ class Prompt(torch.nn.Module):
 
         names  one pair per class: embeddings of its name, (l, W), and of ".", (1, W)"""
         start, end = common.start_end(self.clip)        # (1, W) each
-        if self.position == "end" and self.v.ndim == 2:
+        if self.position == "end" and self.v.ndim == 2:     # it comes first, alike for all classes
             return common.encode_text(self.clip, [start, self.v], [[*pair, end] for pair in names])
         prompts = []
         for c, (name, dot) in enumerate(names):
             v = self.v if self.v.ndim == 2 else self.v[c]
-            half = {"end": len(v), "middle": len(v) // 2, "front": 0}[self.position]
-            prompts.append([v[:half], name, v[half:], dot, end])
+            before = {"end": len(v), "middle": len(v) // 2, "front": 0}[self.position]
+            prompts.append([v[:before], name, v[before:], dot, end])
         return common.encode_text(self.clip, [start], prompts)
 
     def class_features(self, part):
@@ -84,7 +84,7 @@ def train(prompt, run):
         decay = (1 + math.cos(math.pi * (epoch - 1) / epochs)) / 2
         optimizer.param_groups[0]["lr"] = lr = 1e-5 if epoch == 0 else args.lr * decay
         # Shuffled mini-batches (32 images by default); an incomplete last one is dropped unless it
-        # is the only one. Each image appears as one of its ten random crops.
+        # is the only one. Each image appears as one of its ten random crops, drawn at random.
         for f, y in run.batches(epoch):                 # (B, D), (B,)
             with clip.autocast():                       # the text encoder in bf16 on a GPU
                 w = prompt(names)                       # (C, D)

@@ -36,8 +36,8 @@ fixed critic (--critic cosine) leaves that to v alone; a learned one can do a pa
 At test time a trained class uses w_c, a new class the mean of w_c and h_c, normalized (ours): the
 context has not been trained on it.
 
-Try, on the embedded data set "shapes" (seed 1): --base-to-new --shots 16, and
-    python mvp_mi.py --mi-weight 0 --image-weight 0 --augment 0 --classifier soft     this is CoOp
+Try --base-to-new --shots 16 (on the embedded data set "shapes", seed 1), and then also
+    --mi-weight 0 --image-weight 0 --augment 0 --classifier soft        which is CoOp
 
 Ours as in CoOp: ten random crops of each image are encoded once, and each epoch uses one of them;
 --views 0 encodes fresh crops every epoch.
@@ -56,7 +56,7 @@ class Prompt(torch.nn.Module):
 
     def __init__(self, clip, v, position="end", template=None, trained=()):
         super().__init__()
-        self.clip = clip                                # a plain object: not in parameters()
+        self.clip = clip                                # no Module: none of its weights is trained
         self.v = torch.nn.Parameter(v)                  # (M, W); class-specific: (C, M, W)
         self.position = position
         self.template = template                        # for new classes in a test; None: w_c
@@ -67,13 +67,13 @@ class Prompt(torch.nn.Module):
 
         names  one pair per class: embeddings of its name, (l, W), and of ".", (1, W)"""
         start, end = common.start_end(self.clip)        # (1, W) each
-        if self.position == "end" and self.v.ndim == 2:
+        if self.position == "end" and self.v.ndim == 2:     # it comes first, alike for all classes
             return common.encode_text(self.clip, [start, self.v], [[*pair, end] for pair in names])
         prompts = []
         for c, (name, dot) in enumerate(names):
             v = self.v if self.v.ndim == 2 else self.v[c]
-            half = {"end": len(v), "middle": len(v) // 2, "front": 0}[self.position]
-            prompts.append([v[:half], name, v[half:], dot, end])
+            before = {"end": len(v), "middle": len(v) // 2, "front": 0}[self.position]
+            prompts.append([v[:before], name, v[before:], dot, end])
         return common.encode_text(self.clip, [start], prompts)
 
     def class_features(self, part):
@@ -148,7 +148,7 @@ def train(prompt, run):
         for group in optimizer.param_groups:
             group["lr"] = lr
         # Shuffled mini-batches (32 images by default); an incomplete last one is dropped unless it
-        # is the only one. Each image appears as one of its ten random crops.
+        # is the only one. Each image appears as one of its ten random crops, drawn at random.
         for f, y in run.batches(epoch):                 # (B, D), (B,)
             with clip.autocast():                       # the text encoder in bf16 on a GPU
                 w = prompt(names)                       # (C, D)

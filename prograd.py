@@ -3,8 +3,8 @@
 Zhu, Niu, Han, Wu, Zhang: "Prompt-aligned Gradient for Prompt Tuning", ICCV 2023, arXiv 2205.14865.
 
 CoOp's context fits a few training images and forgets general knowledge. ProGrad lets zero-shot
-CLIP's predictions stand for that knowledge: if a step along CoOp's gradient would move away from
-them, the conflicting component of the gradient is removed. CLIP is frozen.
+CLIP's predictions stand for that knowledge: if CoOp's step would move the prompt away from them,
+the component of its gradient that conflicts is removed. CLIP is frozen.
 
     w_c    = g([start] v_1 ... v_M [name of c] "." [end])      class feature of class c
     p(c|x) = softmax_c(tau * f(x) . w_c)                        CLIP's classifier
@@ -18,7 +18,7 @@ them, the conflicting component of the gradient is removed. CLIP is frozen.
     g      the frozen text encoder, read at the end token and normalized                    (D,)
     v      the learned context: M vectors of the text encoder's width W                     (M, W)
     tau    CLIP's learned inverse temperature (100 in OpenAI's models), not its logarithm
-    p_zs   zero-shot CLIP's prediction, with the data set's hand-crafted template
+    p_zs   zero-shot CLIP's prediction, with ProGrad's hand-crafted template of the data set
 
 L_g only filters G_d, it is never minimized. With lambda = 1 a conflict leaves G orthogonal to G_g:
 a small step along -G keeps L_g to first order. SGD adds weight decay and momentum to G afterwards.
@@ -27,10 +27,10 @@ One context serves all classes, so it can be tested on classes it was not traine
 trains on the first half of the classes, then classifies each half among its own classes. CoOp loses
 accuracy on the new half; ProGrad, MVP-MI and RESTORE try to prevent that.
 
-Try, on the embedded data set "shapes" (seed 1): --base-to-new --shots 16, and
-    python prograd.py --projection 0             lambda = 0: no projection, same initial context
+Try --base-to-new --shots 16 (on the embedded data set "shapes", seed 1), and then also
+    --projection 0                 lambda = 0: no projection, the same initial context
 
-paper: loss, schedule, augmentation. Authors' code: initialization, momentum, weight decay, the
+Paper: loss, schedule, augmentation. Authors' code: initialization, momentum, weight decay, the
 incomplete batch that is dropped. Ours: ten random crops of each image are encoded once, and each
 epoch uses one of them; --views 0 encodes fresh crops every epoch, as the paper does.
 """
@@ -48,7 +48,7 @@ class Prompt(torch.nn.Module):
 
     def __init__(self, clip, v, left_over, position="end"):
         super().__init__()
-        self.clip = clip                                # a plain object: not in parameters()
+        self.clip = clip                                # no Module: none of its weights is trained
         self.v = torch.nn.Parameter(v)                  # (M, W); class-specific: (C, M, W)
         self.register_buffer("left_over", left_over)    # (l, W): frozen, but saved with v
         self.position = position
@@ -59,13 +59,13 @@ class Prompt(torch.nn.Module):
         names  one pair per class: embeddings of its name, (l, W), and of ".", (1, W)"""
         start, end = common.start_end(self.clip)        # (1, W) each
         names = [(torch.cat([self.left_over, name]), dot) for name, dot in names]
-        if self.position == "end" and self.v.ndim == 2:
+        if self.position == "end" and self.v.ndim == 2:     # it comes first, alike for all classes
             return common.encode_text(self.clip, [start, self.v], [[*pair, end] for pair in names])
         prompts = []
         for c, (name, dot) in enumerate(names):
             v = self.v if self.v.ndim == 2 else self.v[c]
-            half = {"end": len(v), "middle": len(v) // 2, "front": 0}[self.position]
-            prompts.append([v[:half], name, v[half:], dot, end])
+            before = {"end": len(v), "middle": len(v) // 2, "front": 0}[self.position]
+            prompts.append([v[:before], name, v[before:], dot, end])
         return common.encode_text(self.clip, [start], prompts)
 
     def class_features(self, part):
@@ -86,7 +86,7 @@ def initial_context(run):
 
 
 def project(g_d, g_g, lambda_):
-    """Return G_d; in a conflict, remove lambda times its component along G_g. All are as v."""
+    """Return G_d; in a conflict, less lambda times its component along G_g. Shaped as v."""
     dot = (g_d * g_g).sum()
     return torch.where(dot < 0, g_d - lambda_ * dot / (g_g * g_g).sum() * g_g, g_d)
 
@@ -103,7 +103,7 @@ def train(prompt, run):
         decay = (1 + math.cos(math.pi * (epoch - 1) / epochs)) / 2
         optimizer.param_groups[0]["lr"] = lr = 1e-5 if epoch == 0 else args.lr * decay
         # Shuffled mini-batches (32 images by default); an incomplete last one is dropped unless it
-        # is the only one. Each image appears as one of its ten random crops.
+        # is the only one. Each image appears as one of its ten random crops, drawn at random.
         for f, y in run.batches(epoch):                 # (B, D), (B,)
             with clip.autocast():                       # the text encoder in bf16 on a GPU
                 w = prompt(names)                       # (C, D)

@@ -1,47 +1,48 @@
-"""RESTORE: prompts in both encoders, whose features are kept moving together.
+"""RESTORE: prompts in both encoders, with nearly equal feature shifts.
 
 Yang et al.: "RESTORE: Towards Feature Shift for Vision-Language Prompt Learning", arXiv 2403.06136.
 
-Prompts inserted in one encoder, or independently in both, move its features away from the other's,
-and the alignment of CLIP's pre-training is lost: new classes suffer. RESTORE measures the movement,
-the feature shift, in every block and keeps it nearly equal in both encoders. CLIP is frozen.
+Prompts inserted in one encoder, or independently in both, pull image and text features apart: what
+CLIP's pre-training aligned is lost, and new classes suffer. RESTORE measures how far each block's
+state moves, the feature shift, and keeps it nearly equal in both encoders. CLIP is frozen.
 
-The encoders; n prompt tokens enter each of the first K blocks, l = 1 ... K (paper):
-    X_0 = [start] "a photo of a" [name of c] "." [end] + positions
-    X_l = text block l of X_(l-1), its tokens 1 ... n replaced by P_l
-    Y_0 = [class token, patches] + positions
-    Y_l = image block l of Y_(l-1) without the prompt tokens of block l-1, and Q_l behind it
-          (l = 1: of the layer norm of that, CLIP's ln_pre)
-    Later blocks run as they are, on the last prompts' states, too.
+The encoders; n prompt vectors enter each of the first K blocks, l = 1 ... K (paper):
+    X_0 = [start] "a photo of a" [name of c] "." [end], plus positions
+    X_l = text block l of X_(l-1), in which P_l has replaced tokens 1 ... n
+    Y_0 = [class token, patches], plus positions
+    Y_l = image block l of [Y_(l-1) without its prompts, Q_l]; l = 1: after CLIP's ln_pre
+    Later blocks get no new prompts; those of block K stay.
     t_c, i(x) = text feature at the end token, image feature at the class token, not normalized
 
-The loss:
-    shift_l = mean of |s_l - s_l^0| / |s_l^0|                feature shift of block l, 1 ... all
+The loss, for image x with label y among C classes:
+    shift_l = mean of |s_l - s_l^0| / |s_l^0|                feature shift after block l
     L_fs    = mean_l (shift_l^image - shift_l^text)^2        consistency: magnitude, not direction
     A(z)    = z + down(QuickGELU(up(LN(z))))                 surgery block, one per encoder
     w_c     = b_t A(t_c) + (1 - b_t) t_c, normalized         class feature
     f(x)    = b_i A(i(x)) + (1 - b_i) i(x), normalized       image feature
     L       = mean over the batch of -log softmax_c(tau * f(x) . w_c)_y + gamma L_fs
 
-    P, Q    prompts: n = 2 vectors per block, K = 9, as wide as the encoder's states. P_1 starts as
-            the first n words, and gets their positions; the rest as noise, std 0.02 (authors' code)
-    s_l     state after block l of the end token (mean over the C classes) or of the class token
-            (mean over the batch); s_l^0 without prompts. Of encoders of different depth, the last
-            blocks are paired
-    b       blend of the surgery, 0.1, not trained. Once, after epoch E // 3, it grows with the
-            shift (authors' code; the paper gives no reason for 0.02, 0.005 and the moment)
-    A       `down` starts at zero (ours), so A(z) = z, and at the first step only `down` learns
+    P, Q    learned, n = 2 vectors per block, K = 9 (or all), as wide as the states. P_1 starts
+            as the first n words, with their positions; the rest as noise, std 0.02 (authors' code)
+    s_l     state of the end token or class token after block l = 1 ... all, s_l^0 without prompts;
+            the mean is over the C classes or the batch. If the encoders have different depths,
+            blocks are paired from the last
+    b       blend of the surgery, 0.1, not trained. Once, when a third of the epochs is done,
+            b_t += 0.02 and b_i += 0.005 times the shift, a mean over blocks and the epoch's steps
+            (authors' code; the paper gives no reason for moment and constants)
+    A       `down` starts at zero (ours): A(z) = z, and the first gradient reaches only `down`
     tau     CLIP's learned inverse temperature (100 in OpenAI's models), not its logarithm
     gamma   10 (ours)
 
-L_fs alone would let both shifts grow, as long as they grow alike. The surgery corrects the features
-of an encoder that has moved far.
+L_fs alone would let both shifts grow, as long as they grow alike; the surgery adapts the features
+that come out.
 
-Try, on the embedded data set "shapes" (seed 1): --base-to-new --shots 16, and
-    python restore.py --shift-weight 0 --blend 0     independent prompts in both encoders (IVLP)
+Try --base-to-new --shots 16 (on the embedded data set "shapes", seed 1), and then also
+    --shift-weight 0 --blend 0     prompts in both encoders, nothing else (called IVLP elsewhere)
 
-The released code differs from the paper: class Released, below. SGD, schedule and the incomplete
-batch are CoOp's; 10 epochs, batches of 4 and lr 0.0035 the authors' (embedded data: 0.0005, ours).
+The released code differs from the paper: class Released, below. SGD, schedule and dropping the
+incomplete batch are CoOp's; 10 epochs, batches of 4 and lr 0.0035 the authors' (embedded data:
+0.0005, ours).
 Ours: ten random crops of each image, of which each epoch uses one; --views 0: fresh crops.
 """
 
@@ -73,7 +74,7 @@ class Prompt(torch.nn.Module):
 
     def __init__(self, clip, args):
         super().__init__()
-        self.clip = clip                                # a plain object: not in parameters()
+        self.clip = clip                                # no Module: none of its weights is trained
         check(clip, args)
         blocks = min(len(text_blocks(clip)), len(image_blocks(clip)))
         depth, n = min(args.depth, blocks), args.n_ctx
@@ -200,7 +201,7 @@ def feature_shift(states, frozen):
 def image_states(prompt, run, prompts, views=None, cache=None):
     """Return the class token's states of the training images, (N, blocks, W_i), on the CPU.
 
-    Of augmented `views` of them, (N, V, blocks, W_i). On ImageNet that is 6 GB."""
+    With views: (N, V, blocks, W_i). On ImageNet, 16 shots and 10 views, that is 6 GB."""
     def states(pixels):
         return prompt.encode_image(pixels, prompts)[1].flatten(1)
 
@@ -234,16 +235,15 @@ def train(prompt, run):
     optimizer = torch.optim.SGD(prompt.parameters(), args.lr, momentum=0.9, weight_decay=5e-4)
     epochs = args.epochs or 10
     text_0 = text_states(prompt, run, [])                                   # (C, blocks, W_t)
-    views = list(range(args.views)) or [0]
-    image_0 = image_states(prompt, run, [], views, args.cache if args.views else None)
     for epoch in common.progress(range(epochs), desc="training", unit="epoch"):
         # One epoch of warm-up at 1e-5, then half a cosine from lr to almost 0.
         decay = (1 + math.cos(math.pi * (epoch - 1) / epochs)) / 2
         optimizer.param_groups[0]["lr"] = lr = 1e-5 if epoch == 0 else args.lr * decay
-        if epoch and not args.views:                                        # fresh crops
-            image_0 = image_states(prompt, run, [], [epoch])
+        if epoch == 0 or not args.views:                                    # (N, V, blocks, W_i)
+            views = list(range(args.views)) or [epoch]                      # --views 0: fresh crops
+            image_0 = image_states(prompt, run, [], views, args.cache if args.views else None)
         # Shuffled mini-batches (4 images by default); an incomplete last one is dropped unless it
-        # is the only one. Each image appears as one of its ten random crops.
+        # is the only one. Each image appears as one of its ten random crops, drawn at random.
         for pixels, y, rows, crops in run.pixel_batches(epoch):     # (B, 3, H, W), (B,) three times
             with clip.autocast():                                   # bf16 on a GPU
                 t, s_t = prompt.encode_text(names, prompt.text())           # (C, D), states
@@ -268,10 +268,10 @@ def train(prompt, run):
 class Released(Prompt):
     """The authors' released code, where it differs from their paper.
 
-    --prompts coupled: Q_l is a linear layer of P_l. --shift gram: in L_fs and in the growth of the
-    blends the shift is the prompts' Gram norm |P P^T|_F over its value at the start (the blends
-    grow with the norm itself), and L_fs a sum over the blocks from the second on. Both together,
-    with --shift-weight 1, are their code, except for random initial values."""
+    --prompts coupled: Q_l is a linear layer of P_l. --shift gram: L_fs = sum over l = 2 ... K of
+    the squared difference of the Gram norms |P_l P_l^T|_F and |Q_l Q_l^T|_F, each over its value
+    at the start, and the blends grow with the mean norm. Both together, with --shift-weight 1, are their
+    code, except for random initial values."""
 
     def __init__(self, clip, args):
         super().__init__(clip, args)

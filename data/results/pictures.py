@@ -115,7 +115,8 @@ def change(r):
 
 def usual_runs(cells):
     """Return a cell for each run at the number of shots that most runs have."""
-    return max(group(filter(is_run, cells), "shots").values(), key=len)
+    by_shots = group(filter(is_run, cells), "shots").values()
+    return max(by_shots, key=lambda some: (len(some), some[0].shots))
 
 
 # ---------------------------------------------------------------- the questions, a picture each
@@ -143,7 +144,8 @@ def base_against_new(figure, cells, means):
     for (row, shots), some in group(means, "row", "shots").items():
         (x, dx), (y, dy) = (center(group(some, "column")[part,]) for part in ("base", "new"))
         axes.errorbar(x, y, dy, dx, capsize=2, markersize=8, **{**styles[row], "linestyle": ""})
-        axes.annotate(shots, (x, y), (7, 5), textcoords="offset points", fontsize=7)
+        name = shots if some[0].seed is not None else ""        # zero-shot CLIP has no shots
+        axes.annotate(name, (x, y), (7, 5), textcoords="offset points", fontsize=7)
     widen(axes, 10)
     x, y = np.meshgrid(np.linspace(*axes.get_xlim()), np.linspace(*axes.get_ylim()))
     curves = axes.contour(x, y, 2 * x * y / (x + y), range(5, 100, 5), colors="#AAAAAA", zorder=0)
