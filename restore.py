@@ -270,8 +270,8 @@ class Released(Prompt):
 
     --prompts coupled: Q_l is a linear layer of P_l. --shift gram: L_fs = sum over l = 2 ... K of
     the squared difference of the Gram norms |P_l P_l^T|_F and |Q_l Q_l^T|_F, each over its value
-    at the start, and the blends grow with the mean norm. Both together, with --shift-weight 1, are their
-    code, except for random initial values."""
+    at the start, and the blends grow with the mean norm. Both together, with --shift-weight 1, are
+    their code, except for random initial values."""
 
     def __init__(self, clip, args):
         super().__init__(clip, args)
