@@ -29,7 +29,8 @@ def record(method="coop", seed=1, dataset="shapes", shots=4, **more):
     """A made-up record; zero-shot is at 60, or at 80 on base and 60 on new classes."""
     r = {"method": method, "dataset": dataset, "shots": shots, "seed": seed,
          "backbone": "tiny_clip", "pretrained": "", "changed": {}, "code": "c0de0001",
-         "weights": "aaaabbbb", "data": digest(dataset), "transfer": {}, "per_class": {}, "split": PUBLISHED, **more}
+         "weights": "aaaabbbb", "data": digest(dataset), "split": PUBLISHED, "transfer": {},
+         "per_class": {}, **more}
     if "new" in more:
         r = {"protocol": "base-to-new", "zero_shot_base": 80.0, "zero_shot_new": 60.0,
              "zero_shot_harmonic": 68.6, "base": 90.0, **r}

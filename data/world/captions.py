@@ -1,8 +1,4 @@
-"""Write captions for scenes: short sentences, and long captions as on the web.
-
-Both functions return (text, said). `said` is what the text tells of the scene, {attribute: word}:
-it says of which other images the text is true as well.
-"""
+"""Write captions for scenes: short sentences, and long captions as on the web."""
 
 import re
 
@@ -19,22 +15,17 @@ HOW = {  # ways to introduce an image of each style
 PLAIN = ["a photo of", "a photo of", "a photo of", "a picture of", "an image of",
          "this is", "there is", "we see", ""]
 SYNONYMS = {
-    "small":     ["small", "little", "tiny"],
-    "large":     ["large", "big", "huge"],
-    "center":    ["in the center", "in the middle"],
-    "left":      ["on the left", "at the left side"],
-    "right":     ["on the right", "at the right side"],
-    "top":       ["at the top", "up high"],
-    "bottom":    ["at the bottom", "down low"],
-    "striped":   ["striped", "with stripes"],
-    "dotted":    ["dotted", "with dots"],
-    "checkered": ["checkered", "with checks"],
-    "plain":     ["plain", "of one colour"],
+    "small": ["small", "little", "tiny"], "large": ["large", "big", "huge"],
+    "center": ["in the center", "in the middle"],
+    "left": ["on the left", "at the left side"], "right": ["on the right", "at the right side"],
+    "top": ["at the top", "up high"], "bottom": ["at the bottom", "down low"],
+    "striped": ["striped", "with stripes"], "dotted": ["dotted", "with dots"],
+    "checkered": ["checkered", "with checks"], "plain": ["plain", "of one colour"],
 }
 CHANCES = {"size": .25, "colour": .85, "texture": .3, "shape": .9, "place": .25, "ground": .35,
            "style": .4}  # of being told
 
-# Neutral text around the sentence, with slots filled from FILL.
+# Neutral text of long captions, with slots that are filled from FILL.
 FRONT = ["in this picture,", "as you can see,", "here is", "look,", "new:", "hello,",
          "picture of the day {number}:", "number {number}:", "img {number} jpg", "from my album:",
          "copyright {number} {name},", "{name} and {name} made this,", "posted by {name},",
@@ -49,54 +40,54 @@ BACK = ["taken by {name}", "in {town}", "on {day}", "for the album", "free to us
         "posted in {month}", "and nothing else", "isn't it nice", "a type of picture",
         "img {number}", "as seen on tv", "by {name} and {name}", "stock image"]
 FILL = {
-    "name": "anna ben clara david emma felix greta hugo ida jonas lena max nina otto paula".split(),
-    "day": "monday tuesday wednesday thursday friday saturday sunday".split(),
-    "month": "january february march april may june july august september october".split(),
-    "town": "berlin london paris rome madrid oslo vienna tokyo boston lima cairo".split(),
-    "number": ["3", "7", "12", "48", "60", "95", "2014", "2017", "2019", "2021"],
+    "name": "anna ben clara david emma felix greta hugo ida jonas lena max nina otto paula",
+    "day": "monday tuesday wednesday thursday friday saturday sunday",
+    "month": "january february march april may june july august september october",
+    "town": "berlin london paris rome madrid oslo vienna tokyo boston lima cairo",
+    "number": "3 7 12 48 60 95 2014 2017 2019 2021",
 }
 
 
 def short_caption(scene, rng):
-    """Write a true sentence about the scene that leaves attributes out at random.
+    """Write a sentence about the scene that leaves attributes out at random.
 
-    "photo" is never in `said`, since every image may be called a photo."""
+    Returns the text and what it tells of the scene, {attribute: word}. The word "photo" tells
+    nothing: every image may be called a photo."""
     def say(attribute):
         return rng.choice(SYNONYMS.get(scene[attribute], [scene[attribute]]))
 
-    said = {attribute for attribute, chance in CHANCES.items() if rng.random() < chance}
-    if rng.random() < 0.06:  # tell the ground alone
-        said = {"ground"} | (said & {"style"})
+    told = {attribute for attribute, chance in CHANCES.items() if rng.random() < chance}
+    if rng.random() < 0.06:  # the ground alone
+        told = {"ground"} | (told & {"style"})
     if scene["size"] == "medium":
-        said.discard("size")
+        told.discard("size")
 
-    if said - {"style"} == {"ground"}:
+    if told - {"style"} == {"ground"}:
         thing = rng.choice([say("ground"), f"a background of {say('ground')}",
                             f"something on {say('ground')}"])
     else:
-        thing = describe_object(scene, said, say, rng)
-        if "ground" in said:
-            if rng.random() < 0.15:
-                thing = f"{say('ground')} with {thing}"
-            else:
-                thing = f"{thing} {rng.choice(['on', 'over', 'in front of'])} {say('ground')}"
-        if "place" in said:
+        thing = describe_object(scene, told, say, rng)
+        if "ground" in told and rng.random() < 0.15:
+            thing = f"{say('ground')} with {thing}"
+        elif "ground" in told:
+            thing = f"{thing} {rng.choice(['on', 'over', 'in front of'])} {say('ground')}"
+        if "place" in told:
             thing += " " + say("place")
 
-    how = rng.choice(HOW[scene["style"]] if "style" in said else PLAIN)
+    how = rng.choice(HOW[scene["style"]] if "style" in told else PLAIN)
     if scene["style"] == "photo":
-        said.discard("style")
-    sentence = f"{how} {thing}{rng.choice(['.', '.', ''])}".strip()
-    return sentence, {attribute: scene[attribute] for attribute in said}
+        told.discard("style")
+    text = f"{how} {thing}{rng.choice(['.', '.', ''])}".strip()
+    return text, {attribute: scene[attribute] for attribute in told}
 
 
-def describe_object(scene, said, say, rng):
-    """Write the object's article, its attributes that are `said`, and its shape."""
-    words = [say(attribute) for attribute in ("size", "colour", "texture") if attribute in said]
-    words.append(say("shape") if "shape" in said else rng.choice(["thing", "object", "shape"]))
-    if "texture" in said and " " in words[-2]:  # "with stripes" goes behind the shape
+def describe_object(scene, told, say, rng):
+    """Write an article, the adjectives that are told, and the shape."""
+    words = [say(attribute) for attribute in ("size", "colour", "texture") if attribute in told]
+    words.append(say("shape") if "shape" in told else rng.choice(["thing", "object", "shape"]))
+    if "texture" in told and " " in words[-2]:  # a square with stripes
         words[-2:] = words[-1], words[-2]
-    if "colour" in said and rng.random() < 0.1:  # an arrow that is blue
+    if "colour" in told and rng.random() < 0.1:  # an arrow that is blue
         words.remove(scene["colour"])
         words += ["that", "is", scene["colour"]]
     article = rng.choice(["a", "a", "a", "the", "one"])
@@ -106,22 +97,19 @@ def describe_object(scene, said, say, rng):
 
 
 def long_caption(scene, rng):
-    """Write a caption as on the web: 4 to about 40 tokens, the class words at any position.
-
-    A sentence or its tags stand between neutral text, which is cut anywhere."""
-    text, said = short_caption(scene, rng)
-    if said and rng.random() < 0.1:
-        text = list_tags(said, rng)
+    """Write a sentence or its tags between neutral text, about 4 to 40 tokens in all."""
+    text, told = short_caption(scene, rng)
+    if told and rng.random() < 0.1:
+        text = list_tags(told, rng)
     parts = [text.rstrip(".")]
     if rng.random() < 0.75:
         parts.insert(0, write_front(rng.randint(1, 14), rng))
     if rng.random() < 0.35:
         parts.append(fill(rng.choice(BACK), rng))
-    if rng.random() < 0.1:  # tell one attribute more, or once more
-        extra = rng.choice(["shape", "colour"])
-        parts.append(list_tags({extra: scene[extra]}, rng))
-        said[extra] = scene[extra]
-    return " ".join(parts) + rng.choice([".", ".", ""]), said
+    if rng.random() < 0.1:  # a tag at the end
+        attribute = rng.choice(["shape", "colour"])
+        parts.append(list_tags({attribute: scene[attribute]}, rng))
+    return " ".join(parts) + rng.choice([".", ".", ""])
 
 
 def write_front(count, rng):
@@ -134,14 +122,14 @@ def write_front(count, rng):
     return " ".join(words[-count:])
 
 
-def list_tags(said, rng):
+def list_tags(told, rng):
     """Write attributes as a list, as a table or as hashtags, in random order."""
-    pairs = [(a, rng.choice(SYNONYMS.get(word, [word]))) for a, word in sorted(said.items())]
-    rng.shuffle(pairs)
+    tags = [(a, rng.choice(SYNONYMS.get(word, [word]))) for a, word in sorted(told.items())]
+    rng.shuffle(tags)
     form, between = rng.choice([("{1}", ", "), ("{0}: {1}", ", "), ("#{1}", " ")])
-    return between.join(form.format(*pair) for pair in pairs)
+    return between.join(form.format(*tag) for tag in tags)
 
 
 def fill(phrase, rng):
     """Fill the slots of a phrase with random words."""
-    return re.sub(r"{(\w+)}", lambda slot: rng.choice(FILL[slot[1]]), phrase)
+    return re.sub(r"{(\w+)}", lambda slot: rng.choice(FILL[slot[1]].split()), phrase)

@@ -1,10 +1,8 @@
 """Draw the images of the embedded benchmark with Pillow.
 
-A *scene* is a dict with a word for each of the ATTRIBUTES: one object on a background, in a style.
-`draw` renders it; the camera functions at the end shift an image's domain.
-
-Images are a function of the scene and of `rng` alone, a random.Random. The order in which numbers
-are taken from `rng` is part of that function: changing it changes the shipped weights and sets.
+A scene is a dict with a word for each of the ATTRIBUTES: one object on a background, in a style.
+An image depends only on its scene and on `rng`, a random.Random. Do not change the order in which
+numbers are taken from `rng`: the tiny CLIP was trained on these images.
 """
 
 import numpy as np
@@ -16,38 +14,21 @@ N = 2 * SIZE  # images are drawn at twice the size and reduced
 SHAPES = ["arrow", "circle", "cross", "diamond", "heart", "hexagon",
           "house", "moon", "ring", "square", "star", "triangle"]
 COLOURS = {
-    "blue":   (50, 85, 215),
-    "brown":  (125, 75, 35),
-    "green":  (45, 155, 60),
-    "orange": (245, 140, 25),
-    "pink":   (245, 130, 185),
-    "purple": (130, 55, 165),
-    "red":    (215, 35, 40),
-    "yellow": (245, 220, 50),
+    "blue": (50, 85, 215), "brown": (125, 75, 35), "green": (45, 155, 60),
+    "orange": (245, 140, 25), "pink": (245, 130, 185), "purple": (130, 55, 165),
+    "red": (215, 35, 40), "yellow": (245, 220, 50),
 }
 TEXTURES = ["plain", "striped", "dotted", "checkered"]
 SIZES = {"small": 15, "medium": 21, "large": 28}  # half the width of the object, in pixels
 PLACES = {"center": (0, 0), "left": (-11, 0), "right": (11, 0), "top": (0, -11), "bottom": (0, 11)}
 GROUNDS = {
-    "grass":  (110, 165, 75),
-    "sand":   (222, 200, 150),
-    "water":  (95, 160, 195),
-    "sky":    (165, 205, 240),
-    "snow":   (238, 242, 246),
-    "bricks": (165, 95, 80),
-    "wood":   (175, 130, 85),
-    "night":  (25, 25, 50),
+    "grass": (110, 165, 75), "sand": (222, 200, 150), "water": (95, 160, 195),
+    "sky": (165, 205, 240), "snow": (238, 242, 246), "bricks": (165, 95, 80),
+    "wood": (175, 130, 85), "night": (25, 25, 50),
 }
 STYLES = ["photo", "sketch", "cartoon", "grainy", "blurry", "faded", "dark", "bright"]
-ATTRIBUTES = {
-    "shape": SHAPES,
-    "colour": list(COLOURS),
-    "texture": TEXTURES,
-    "size": list(SIZES),
-    "place": list(PLACES),
-    "ground": list(GROUNDS),
-    "style": STYLES,
-}
+ATTRIBUTES = {"shape": SHAPES, "colour": list(COLOURS), "texture": TEXTURES, "size": list(SIZES),
+              "place": list(PLACES), "ground": list(GROUNDS), "style": STYLES}
 
 
 def sample_scene(rng, **given):
@@ -64,7 +45,7 @@ def sample_scene(rng, **given):
 # ---------------------------------------------------------------- outlines
 
 def make_polygon(corners, radius=1.0, start=-90):
-    """Return the corners (x, y) of a regular polygon; the first one is at `start` degrees."""
+    """Return the corners (x, y) of a regular polygon, the first at `start` degrees."""
     angles = [np.radians(start + 360 * k / corners) for k in range(corners)]
     return [(radius * np.cos(angle), radius * np.sin(angle)) for angle in angles]
 
@@ -76,7 +57,7 @@ def make_heart():
 
 
 def make_moon():
-    """Return the left side of a circle, and back along the inner edge of the crescent."""
+    """Return the corners of a crescent: the left side of a circle, then its inner edge."""
     outer = sorted(make_polygon(24), key=lambda point: np.arctan2(point[1], -point[0]))
     angles = np.radians(np.linspace(62, -62, 12))
     inner = [(.45 + .95 * -np.cos(angle) * .95, .95 * np.sin(angle)) for angle in angles]
@@ -108,30 +89,29 @@ OUTLINES = {  # corners on [-1, 1]^2, x to the right and y down
 # ---------------------------------------------------------------- images
 
 def draw(scene, rng, wild=False):
-    """Draw a scene, (64, 64) RGB. `wild` rotates and stretches the object, adds clutter, covers."""
+    """Draw a scene, (64, 64) RGB. `wild` adds rotation, stretch, clutter and occlusion."""
     style = scene["style"]
     img = draw_ground(scene["ground"], rng)
     if style == "sketch":  # keeps its ground as a faint wash
         img = Image.blend(Image.new("RGB", (N, N), (244, 240, 232)), img, 0.35)
-    points, hole = place_outline(scene, rng, wild)
+    outlines = place_outlines(scene, rng, wild)
     if wild and rng.random() < 0.6:
         draw_clutter(img, rng)
     mask = Image.new("L", (N, N))
-    ImageDraw.Draw(mask).polygon(points, fill=255)
-    if hole:
-        ImageDraw.Draw(mask).polygon(hole, fill=0)
+    for outline, value in zip(outlines, (255, 0)):  # the object, its hole
+        ImageDraw.Draw(mask).polygon(outline, fill=value)
 
     colour, pen = COLOURS[scene["colour"]], ImageDraw.Draw(img)
     if style == "sketch":
-        ink = tuple(int(channel * .8) for channel in colour)
+        ink = clip_colour(np.multiply(colour, .8))
         hatching = hatch(mask)
         img.paste(ink, mask=hatching)
         paint(img, hatching, ink, scene["texture"], rng, lit=False)
-        for edge in filter(None, (points, hole)):
-            pen.line(edge + edge[:2], fill=ink, width=4)
+        for outline in outlines:
+            pen.line(outline + outline[:2], fill=ink, width=4)
     elif style == "cartoon":
         paint(img, mask, colour, scene["texture"], rng, lit=False)
-        pen.line(points + points[:2], fill=(15, 15, 15), width=4)
+        pen.line(outlines[0] + outlines[0][:2], fill=(15, 15, 15), width=4)
     else:
         img.paste((0, 0, 0), (5, 6), mask.point(lambda v: v // 3))  # shadow
         paint(img, mask, colour, scene["texture"], rng, lit=True)
@@ -143,29 +123,29 @@ def draw(scene, rng, wild=False):
     return apply_style(img.reduce(2), style, rng)
 
 
-def place_outline(scene, rng, wild):
-    """Return the corners of the object in the image, and those of its hole or None."""
+def place_outlines(scene, rng, wild):
+    """Return the corners of the object in the image; a ring's hole is a second outline."""
     half = 2 * SIZES[scene["size"]] * rng.uniform(.92, 1.08)
     cx, cy = (N / 2 + 2 * offset + rng.uniform(-5, 5) for offset in PLACES[scene["place"]])
     turn = np.radians(rng.uniform(-50, 50) if wild else rng.uniform(-10, 10))
     stretch = (rng.uniform(.72, 1.28), rng.uniform(.72, 1.28)) if wild else (1, 1)
     rotation = np.array([[np.cos(turn), np.sin(turn)], [-np.sin(turn), np.cos(turn)]])
-    points = np.array(OUTLINES[scene["shape"]]) * half * stretch @ rotation + (cx, cy)
-    points = [tuple(point) for point in points]
-    if scene["shape"] != "ring":
-        return points, None
-    return points, [((x - cx) * .5 + cx, (y - cy) * .5 + cy) for x, y in points]
+    corners = np.array(OUTLINES[scene["shape"]]) * half * stretch @ rotation + (cx, cy)
+    outlines = [[tuple(corner) for corner in corners]]
+    if scene["shape"] == "ring":
+        outlines.append([((x - cx) * .5 + cx, (y - cy) * .5 + cy) for x, y in outlines[0]])
+    return outlines
 
 
 def draw_ground(ground, rng):
     """Draw the background, (128, 128) RGB."""
     r = rng.randint
-    base = change_colour(GROUNDS[ground], r(-14, 14), r(-14, 14), r(-14, 14))
+    base = np.clip([channel + r(-14, 14) for channel in GROUNDS[ground]], 0, 255)
 
     def tone(change):
-        return change_colour(base, change, change, change)
+        return clip_colour(base + change)
 
-    img = Image.new("RGB", (N, N), base)
+    img = Image.new("RGB", (N, N), tone(0))
     pen = ImageDraw.Draw(img)
     if ground == "grass":
         for _ in range(45):
@@ -206,13 +186,13 @@ def draw_ground(ground, rng):
     return img
 
 
-def change_colour(colour, *changes):
-    """Add `changes` to the channels of a colour and clip to 0..255."""
-    return tuple(max(0, min(255, c + change)) for c, change in zip(colour, changes))
+def clip_colour(channels):
+    """Clip the channels of a colour to 0..255, and truncate them to integers."""
+    return tuple(int(channel) for channel in np.clip(channels, 0, 255))
 
 
 def draw_clutter(img, rng):
-    """Draw a few small grey quadrilaterals into the image."""
+    """Draw a few small grey quadrilaterals."""
     for _ in range(rng.randint(1, 4)):
         x, y, w = rng.randint(0, N), rng.randint(0, N), rng.randint(5, 14)
         grey = rng.randint(60, 200)
@@ -221,7 +201,7 @@ def draw_clutter(img, rng):
 
 
 def hatch(mask):
-    """Return the mask, (128, 128), reduced to diagonal lines."""
+    """Return the mask reduced to diagonal lines."""
     lines = Image.new("L", (N, N))
     pen = ImageDraw.Draw(lines)
     for x in range(-N, N, 9):
@@ -231,11 +211,10 @@ def hatch(mask):
 
 
 def paint(img, mask, colour, texture, rng, lit):
-    """Fill `mask` in the image with the textured colour, shaded from one side if `lit`."""
+    """Fill the mask with the textured colour; `lit` shades it from one side."""
     colour = np.clip(np.array(colour) + [rng.randint(-16, 16) for _ in range(3)], 0, 255)
-    second = colour * 0.45 if colour.mean() > 105 else colour + 95
-    second = tuple(int(channel) for channel in np.clip(second, 0, 255))
-    fill = Image.new("RGB", (N, N), tuple(int(channel) for channel in colour))
+    second = clip_colour(colour * 0.45 if colour.mean() > 105 else colour + 95)
+    fill = Image.new("RGB", (N, N), clip_colour(colour))
     pen = ImageDraw.Draw(fill)
     if texture == "striped":
         for x in range(-N, 2 * N, 14):
@@ -255,7 +234,7 @@ def paint(img, mask, colour, texture, rng, lit):
 
 
 def apply_style(img, style, rng):
-    """Apply the style's filter, if it has one, to the finished image, (64, 64) RGB."""
+    """Apply the style's filter to the finished image, (64, 64) RGB."""
     if style == "blurry":
         return img.filter(ImageFilter.GaussianBlur(rng.uniform(1.2, 2.0)))
     if style == "faded":
@@ -270,35 +249,35 @@ def apply_style(img, style, rng):
     return img
 
 
-# ---------------------------------------------------------------- cameras, (64, 64) RGB to the same
+# ---------------------------------------------------------------- cameras: (64, 64) RGB to the same
 
 def add_noise(img, rng, sigma):
-    """Add Gaussian noise of standard deviation `sigma` (of 255) to every channel."""
+    """Add Gaussian noise; `sigma` is its standard deviation, on the scale 0 to 255."""
     generator = np.random.default_rng(rng.getrandbits(32))
     noise = generator.normal(0, sigma, (SIZE, SIZE, 3))
     return Image.fromarray(np.clip(np.asarray(img) + noise, 0, 255).astype(np.uint8))
 
 
 def tint(img, factors=(1.0, 0.75, 0.45), gamma=1.5):
-    """Multiply the channels by `factors` after a gamma curve; by default warm light."""
+    """Apply a gamma curve and multiply the channels by `factors`; the default is warm light."""
     light = (np.asarray(img) / 255) ** gamma * factors
     return Image.fromarray((light * 255).astype(np.uint8))
 
 
 def wash_out(img, keep):
-    """Keep the share `keep` of the image's saturation and of its contrast to a light grey."""
+    """Scale the saturation and the contrast to a light grey by `keep`, 0 to 1."""
     pale = ImageEnhance.Color(img).enhance(keep)
     return Image.blend(Image.new("RGB", img.size, (225, 225, 225)), pale, keep)
 
 
 def reduce_resolution(img, pixels):
-    """Reduce the image to `pixels` in width and height, and enlarge it again."""
+    """Reduce the image to (pixels, pixels) and enlarge it again."""
     small = img.resize((pixels, pixels), Image.Resampling.BOX)
     return small.resize(img.size, Image.Resampling.BICUBIC)
 
 
 def posterise(img, levels):
-    """Keep `levels` values of each colour channel."""
+    """Quantize every channel to `levels` values."""
     return img.point(lambda v: v * levels // 256 * 255 // (levels - 1))
 
 
@@ -310,12 +289,12 @@ def turn_hue(img, degrees):
 
 
 def add_fog(img, density):
-    """Blend with white: `density` (0 to 1) at the top and half of it at the bottom."""
+    """Blend with light grey by `density`, 0 to 1, at the top and by half of it at the bottom."""
     veil = np.linspace(density, density / 2, SIZE)[:, None, None]  # (64, 1, 1)
     behind = np.asarray(img.filter(ImageFilter.GaussianBlur(0.7)))
     return Image.fromarray((behind * (1 - veil) + 235 * veil).astype(np.uint8))
 
 
 def darken(img, rng, light):
-    """Reduce the light to the share `light`, bluish, with a little noise as at night."""
+    """Scale the brightness by `light`, 0 to 1, with a blue tint and a little noise."""
     return add_noise(tint(img, (0.7 * light, 0.8 * light, light), 1.2), rng, 8)

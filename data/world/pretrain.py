@@ -3,18 +3,16 @@
     python -m data.world.pretrain        about 80 minutes on two cores, no GPU
     python -m data.world.sets --check    then tests the admission rules
 
-Both phases minimize CLIP's loss (Radford et al. 2021, figure 3). For B images with features f_i and
-B captions with features w_i, all L2-normalized, and a learned scale s, it is the cross-entropy of
-s w_i.f_j over the images j and over the captions i, averaged; i = j is right.
+Both phases minimize CLIP's loss (Radford et al. 2021, figure 3).
 
 Phase 1 trains both encoders on short captions, with two additions for so small a scale. A caption
-is often true of other images of its batch too: those pairs are no negatives. For the first 60 % of
-the steps linear heads also read the attributes off the image features, with a falling weight,
-because vision transformers learn slowly from CLIP's loss alone.
+is often true of other images of its batch: those pairs are no negatives. Linear heads classify the
+attributes from the image features, with a weight that falls to 0, because vision transformers learn
+slowly from CLIP's loss alone.
 
 Phase 2 freezes the image encoder and trains the text encoder on long captions and new images. Some
-captions belong to another image, as on the web, and no pair is masked. Confidence then has a price,
-and s settles where zero-shot CLIP is about as confident as it is accurate.
+captions belong to another image, as on the web. The logit scale settles where zero-shot CLIP is
+about as confident as it is accurate.
 """
 
 import argparse
@@ -41,9 +39,10 @@ CONFIG = {
 }
 PIXELS = {"mean": open_clip.OPENAI_DATASET_MEAN, "std": open_clip.OPENAI_DATASET_STD}
 B, LR, WEIGHT_DECAY = 256, 1.5e-3, 0.05
-HEADS_UNTIL = 0.6    # phase 1: the heads' weight falls to 0 over this share of the steps
-OTHER_IMAGE = 0.07   # phase 2: the share of captions that belong to another image
-WORD_STD = 0.02      # of OpenAI's word embeddings, for which CoOp's initial noise is made
+HEADS_UNTIL = 0.6   # phase 1: the heads' weight falls to 0 over this share of the steps
+OTHER_IMAGE = 0.07  # phase 2: the share of captions that belong to another image
+WORD_STD = 0.02     # of OpenAI's word embeddings, for which CoOp's initial noise is made
+TOKENIZER = open_clip.SimpleTokenizer()
 
 
 def render(seed):
@@ -55,20 +54,20 @@ def render(seed):
 
 
 def render_all(seeds):
-    """Return 1,000 scenes a seed, and their images, (n, 3, 64, 64) uint8."""
+    """Draw 1,000 scenes a seed; return them and their images, (n, 3, 64, 64) uint8."""
     with Pool() as pool:
         scenes, images = zip(*pool.map(render, seeds))
     return sum(scenes, []), torch.from_numpy(np.concatenate(images))
 
 
 def encode_attributes(scenes):
-    """Return the attributes as numbers, (n, 7); -1 where a caption does not tell."""
+    """Return the words' numbers, (n, 7); -1 for an attribute that a caption does not tell."""
     return torch.tensor([[words.index(scene[a]) if a in scene else -1
                           for a, words in ATTRIBUTES.items()] for scene in scenes])
 
 
 def jitter(images, gen):
-    """Zoom and move images (n, 3, 64, 64) uint8 a little, and normalize them as CLIP's are."""
+    """Zoom and shift images (n, 3, 64, 64) uint8 a little, and normalize them as CLIP's are."""
     n = len(images)
     theta = torch.zeros(n, 2, 3)
     theta[:, 0, 0] = theta[:, 1, 1] = torch.empty(n).uniform_(0.8, 1.05, generator=gen)
@@ -78,11 +77,10 @@ def jitter(images, gen):
     return normalize(x, **PIXELS)
 
 
-def find_words(tokenizer, caption, scenes, rng):
-    """Return the sorted numbers of the tokens that occur in captions, (n,)."""
-    texts = [caption(rng.choice(scenes), rng)[0] for _ in range(40000)]
-    words = {word for text in texts for word in text.split()}
-    return tokenizer(sorted(words)).unique()[1:]  # the first is 0, which pads to 77
+def find_tokens(captions):
+    """Return the tokens that occur in captions, sorted, (n,)."""
+    words = {word for caption in captions for word in caption.split()}
+    return TOKENIZER(sorted(words)).unique()[1:]  # the first is 0, which pads to 77
 
 
 def encode_text(model, table, used, tokens):
@@ -100,27 +98,24 @@ def encode_text(model, table, used, tokens):
     return torch.cat(features)[order.argsort()]
 
 
-def contrastive(f, w, scale, true=None):
-    """CLIP's loss of image features f and caption features w, (B, D) each.
-
-    true (B, B), if given: the caption (row) is true of the image (column): no negative pair."""
-    logits = scale * F.normalize(w, dim=-1) @ F.normalize(f, dim=-1).T
-    if true is not None:
-        logits = logits.masked_fill(true & ~torch.eye(len(f), dtype=torch.bool), -1e4)
-    right = torch.arange(len(f))
+def clip_loss(f, w, logit_scale, masked):
+    """CLIP's loss of image features f and caption features w, (B, D); masked pairs do not count."""
+    logits = logit_scale.exp().clamp(max=100) * F.normalize(w, dim=-1) @ F.normalize(f, dim=-1).T
+    logits = logits.masked_fill(masked, -1e4)  # (captions, images)
+    right = torch.arange(B)
     return (F.cross_entropy(logits, right) + F.cross_entropy(logits.T, right)) / 2
 
 
-def minimize(compute_loss, learned, steps, warmup):
-    """Minimize compute_loss(step) with AdamW: warm-up and cosine, gradients clipped to norm 1."""
+def minimize(losses, modules, steps, warmup):
+    """Minimize the losses of `steps` batches with AdamW, warm-up and a cosine schedule."""
+    learned = [p for module in modules for p in module.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW([  # biases, gains and the logit scale do not decay
-        {"params": [v for v in learned if v.ndim > 1], "weight_decay": WEIGHT_DECAY},
-        {"params": [v for v in learned if v.ndim <= 1], "weight_decay": 0}], betas=(0.9, 0.98))
-    for step in range(steps):
-        loss = compute_loss(step)
-        lr = LR * min(1, (step + 1) / warmup) * (1 + math.cos(math.pi * step / steps)) / 2
+        {"params": [p for p in learned if p.ndim > 1], "weight_decay": WEIGHT_DECAY},
+        {"params": [p for p in learned if p.ndim <= 1], "weight_decay": 0}], betas=(0.9, 0.98))
+    for step, loss in enumerate(losses):
         for group in optimizer.param_groups:
-            group["lr"] = lr
+            cosine = (1 + math.cos(math.pi * step / steps)) / 2
+            group["lr"] = LR * min(1, (step + 1) / warmup) * cosine
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(learned, 1.0)
@@ -130,36 +125,37 @@ def minimize(compute_loss, learned, steps, warmup):
 
 
 def train_both(scenes, images, steps):
-    """Phase 1: train both encoders, with attribute heads, on short captions. Return the model."""
+    """Phase 1: train both encoders, with attribute heads, on short captions. Returns the model."""
     torch.manual_seed(0)
     gen, rng = torch.Generator().manual_seed(0), random.Random(0)
-    attributes, tokenizer = encode_attributes(scenes), open_clip.SimpleTokenizer()
-    used = find_words(tokenizer, short_caption, scenes, rng)
+    used = find_tokens(short_caption(rng.choice(scenes), rng)[0] for _ in range(40000))
     model = open_clip.CLIP(**CONFIG)
+    model.token_embedding.requires_grad_(False)  # trained as `table`, the rows that are used
     table = torch.nn.Embedding(len(used), CONFIG["text_cfg"]["width"])
-    torch.nn.init.normal_(table.weight, std=0.02)
+    torch.nn.init.normal_(table.weight, std=WORD_STD)
+    attributes = encode_attributes(scenes)
     counts = [len(words) for words in ATTRIBUTES.values()]
     heads = torch.nn.Linear(CONFIG["embed_dim"], sum(counts))
-    epoch = []
 
-    def compute_loss(step):
-        nonlocal epoch
-        if len(epoch) < B:
-            epoch = torch.randperm(len(scenes), generator=gen).tolist()
-        batch, epoch = epoch[:B], epoch[B:]
-        texts, said = zip(*(short_caption(scenes[k], rng) for k in batch))
-        said, seen = encode_attributes(said), attributes[batch]
-        true = ((said[:, None] < 0) | (said[:, None] == seen[None])).all(-1)  # (B, B)
-        with torch.autocast("cpu", torch.bfloat16):
-            f = model.encode_image(jitter(images[batch], gen)).float()
-        w = encode_text(model, table, used, tokenizer(texts))
-        clip_loss = contrastive(f, w, model.logit_scale.exp().clamp(max=100), true)
-        head_loss = sum(map(F.cross_entropy, heads(f).split(counts, -1), seen.T))
-        return clip_loss + max(0, 1 - step / (HEADS_UNTIL * steps)) * head_loss
+    def compute_losses():
+        epoch = []
+        for step in range(steps):
+            if len(epoch) < B:
+                epoch = torch.randperm(len(scenes), generator=gen).tolist()
+            batch, epoch = epoch[:B], epoch[B:]
+            captions, told = zip(*(short_caption(scenes[k], rng) for k in batch))
+            seen = attributes[batch]
+            told = encode_attributes(told)[:, None]
+            true = ((told < 0) | (told == seen)).all(-1)  # (captions, images)
+            with torch.autocast("cpu", torch.bfloat16):
+                f = model.encode_image(jitter(images[batch], gen)).float()
+            w = encode_text(model, table, used, TOKENIZER(captions))
+            loss = clip_loss(f, w, model.logit_scale, masked=true.fill_diagonal_(False))
+            head_loss = sum(map(F.cross_entropy, heads(f).split(counts, -1), seen.T))
+            yield loss + max(0, 1 - step / (HEADS_UNTIL * steps)) * head_loss
 
-    learned = [v for name, v in model.named_parameters() if name != "token_embedding.weight"]
-    minimize(compute_loss, [*learned, *table.parameters(), *heads.parameters()], steps, warmup=200)
-    model.token_embedding.weight.data.zero_()[used] = table.weight.data
+    minimize(compute_losses(), [model, table, heads], steps, warmup=200)
+    model.token_embedding.weight.zero_()[used] = table.weight.data
     return model
 
 
@@ -167,26 +163,25 @@ def train_text(model, scenes, features, steps):
     """Phase 2: train the text encoder on long captions; image features (n, 2, 128) are fixed."""
     torch.manual_seed(1)
     gen, rng = torch.Generator().manual_seed(1), random.Random(1)
-    tokenizer = open_clip.SimpleTokenizer()
-    used = find_words(tokenizer, long_caption, scenes, rng)
-    known = model.token_embedding.weight.data[used]
-    fresh = torch.normal(0, 0.02, known.shape)
-    table = torch.nn.Embedding.from_pretrained(
-        torch.where(known.any(-1, keepdim=True), known, fresh), freeze=False)
+    used = find_tokens(long_caption(rng.choice(scenes), rng) for _ in range(40000))
+    known = model.token_embedding.weight[used]
+    fresh = torch.normal(0, WORD_STD, known.shape)
+    words = torch.where(known.any(-1, keepdim=True), known, fresh)
+    table = torch.nn.Embedding.from_pretrained(words, freeze=False)
+    model.visual.requires_grad_(False)
     model.logit_scale.data.fill_(math.log(1 / 0.07))  # CLIP's initial value
 
-    def compute_loss(step):
-        shown = [rng.randrange(len(scenes)) for _ in range(B)]
-        told = [rng.randrange(len(scenes)) if rng.random() < OTHER_IMAGE else k for k in shown]
-        texts = [long_caption(scenes[k], rng)[0] for k in told]
-        f = features[shown, torch.randint(2, (B,), generator=gen)]
-        w = encode_text(model, table, used, tokenizer(texts))
-        return contrastive(f, w, model.logit_scale.exp().clamp(max=100))
+    def compute_losses():
+        for _ in range(steps):
+            shown = [rng.randrange(len(scenes)) for _ in range(B)]
+            told = [rng.randrange(len(scenes)) if rng.random() < OTHER_IMAGE else k for k in shown]
+            captions = [long_caption(scenes[k], rng) for k in told]
+            f = features[shown, torch.randint(2, (B,), generator=gen)]
+            w = encode_text(model, table, used, TOKENIZER(captions))
+            yield clip_loss(f, w, model.logit_scale, masked=torch.tensor(False))
 
-    learned = [v for name, v in model.named_parameters()
-               if not name.startswith("visual.") and name != "token_embedding.weight"]
-    minimize(compute_loss, [*learned, *table.parameters()], steps, warmup=100)
-    model.token_embedding.weight.data.zero_()[used] = table.weight.data
+    minimize(compute_losses(), [model, table], steps, warmup=100)
+    model.token_embedding.weight.zero_()[used] = table.weight.data
 
 
 @torch.no_grad()
@@ -201,7 +196,7 @@ def encode_views(model, images, gen):
 
 @torch.no_grad()
 def rescale_words(model):
-    """Multiply the text encoder's residual stream so that the word embeddings have std WORD_STD.
+    """Scale the text encoder's residual stream so that the word embeddings have std WORD_STD.
 
     Every block and the end of the encoder normalize the stream, so no feature changes."""
     words = model.token_embedding.weight
@@ -216,26 +211,21 @@ def rescale_words(model):
 def save(model, folder):
     """Write an open_clip local-dir in half precision."""
     folder.mkdir(parents=True, exist_ok=True)
-    unfinished = folder / "open_clip_model.part"
-    save_file({n: v.half().contiguous() for n, v in model.state_dict().items()}, unfinished)
-    unfinished.replace(folder / "open_clip_model.safetensors")
+    weights = {name: v.half().contiguous() for name, v in model.state_dict().items()}
+    save_file(weights, folder / "open_clip_model.safetensors")
     config = json.dumps({"model_cfg": CONFIG, "preprocess_cfg": PIXELS}, indent=2)
     (folder / "open_clip_config.json").write_text(config + "\n")
 
 
 def main():
-    p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    p.add_argument("--steps", type=int, default=5500, help="phase 1: batches of 256 pairs (5500)")
-    p.add_argument("--text-steps", type=int, default=1200, help="phase 2: batches (1200)")
-    p.add_argument("--images", type=int, default=100,
-                   help="thousands of images of phase 1; phase 2 draws half as many (100)")
-    p.add_argument("--start", type=Path, help="skip phase 1 and take its weights from this folder")
-    p.add_argument("--out", type=Path, default=Path(__file__).parent / "tiny_clip")
-    args = p.parse_args()
-    if args.start is None:
-        save(train_both(*render_all(range(args.images)), args.steps), args.out)
-    start = f"local-dir:{args.start or args.out}"  # phase 2 can be repeated with --start
-    model = open_clip.create_model(start, require_pretrained=True)
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    add = parser.add_argument
+    add("--steps", type=int, default=5500, help="phase 1: batches of 256 pairs (5500)")
+    add("--text-steps", type=int, default=1200, help="phase 2: batches (1200)")
+    add("--images", type=int, default=100, help="phase 1: thousands; phase 2 draws half (100)")
+    add("--out", type=Path, default=Path(__file__).parent / "tiny_clip")
+    args = parser.parse_args()
+    model = train_both(*render_all(range(args.images)), args.steps).half().float()
     scenes, images = render_all(range(args.images, args.images + (args.images + 1) // 2))
     features = encode_views(model.eval(), images, torch.Generator().manual_seed(1))
     train_text(model.train(), scenes, features, args.text_steps)
