@@ -235,13 +235,14 @@ def train(prompt, run):
     optimizer = torch.optim.SGD(prompt.parameters(), args.lr, momentum=0.9, weight_decay=5e-4)
     epochs = args.epochs or 10
     text_0 = text_states(prompt, run, [])                                   # (C, blocks, W_t)
+    views = list(range(args.views)) or [0]
+    image_0 = image_states(prompt, run, [], views, args.cache if args.views else None)
     for epoch in common.progress(range(epochs), desc="training", unit="epoch"):
         # One epoch of warm-up at 1e-5, then half a cosine from lr to almost 0.
         decay = (1 + math.cos(math.pi * (epoch - 1) / epochs)) / 2
         optimizer.param_groups[0]["lr"] = lr = 1e-5 if epoch == 0 else args.lr * decay
-        if epoch == 0 or not args.views:                                    # (N, V, blocks, W_i)
-            views = list(range(args.views)) or [epoch]                      # --views 0: fresh crops
-            image_0 = image_states(prompt, run, [], views, args.cache if args.views else None)
+        if epoch and not args.views:                                        # fresh crops
+            image_0 = image_states(prompt, run, [], [epoch])
         # Shuffled mini-batches (4 images by default); an incomplete last one is dropped unless it
         # is the only one. Each image appears as one of its ten random crops, drawn at random.
         for pixels, y, rows, crops in run.pixel_batches(epoch):     # (B, 3, H, W), (B,) three times

@@ -205,6 +205,17 @@ def test_two_templates_are_two_zero_shot_rows_also_with_loaded_prompts(cli, tabl
     assert "coop --epochs 1 --views 1" in rows and "left out" not in text
 
 
+@pytest.mark.parametrize("flags", [("--validation",), ("--test-images", 24)])
+def test_other_test_images_are_rows_of_their_own(cli, table, flags):
+    first = cli("coop", *QUICK).records[0]
+    other = cli("coop", *QUICK, *flags, keep=True).records[1]
+    rows, text = table()
+    name = " ".join(map(str, flags))
+    assert rows["zero-shot"] == [f"{first['zero_shot']:.1f}"] and "left out" not in text, text
+    assert rows[f"zero-shot {name}"] == [f"{other['zero_shot']:.1f}"]
+    assert len([row for row in rows if row.startswith("coop")]) == 2
+
+
 def test_loaded_prompts_have_rows_of_their_own(cli, table, tmp_path):
     cli("coop", *QUICK)
     for seed in (1, 2):

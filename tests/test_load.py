@@ -356,7 +356,7 @@ def test_an_embedded_data_set_is_drawn_on_first_use(tmp_path, monkeypatch):
 
     monkeypatch.setattr(load.sets, "build", build)
     data = load_data("shapes", tmp_path)
-    assert data.origin == "embedded" and data.crop == load.sets.CROP and not data.own
+    assert data.origin == "embedded" and not data.own
     assert data.train[0].path == tmp_path / "shapes/images/b.jpg"
 
 

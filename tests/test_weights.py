@@ -127,11 +127,11 @@ def test_a_tag_that_is_no_file_either_is_told_the_tags():
 
 def test_files_that_are_no_weights_of_this_model_are_named(small, plain, tmp_path):
     (tmp_path / "text.pt").write_text("no weights")
-    assert "text.pt: cannot be read as CLIP weights" in problem("test-clip", f"{tmp_path}/text.pt")
+    assert "text.pt: is no file of CLIP weights" in problem("test-clip", f"{tmp_path}/text.pt")
     torch.save({"state_dict": {"a": 1}}, tmp_path / "number.pt")
-    assert "number.pt: cannot be read" in problem("test-clip", f"{tmp_path}/number.pt")
+    assert "number.pt: is no file" in problem("test-clip", f"{tmp_path}/number.pt")
     torch.save({}, tmp_path / "empty.pt")
-    assert "empty.pt: cannot be read" in problem("test-clip", f"{tmp_path}/empty.pt")
+    assert "empty.pt: is no file" in problem("test-clip", f"{tmp_path}/empty.pt")
     torch.save({"text_projection": torch.zeros(32, 32)}, tmp_path / "part.pt")
     assert "part.pt" in problem("test-clip", f"{tmp_path}/part.pt")
 

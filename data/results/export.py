@@ -63,5 +63,10 @@ def tokens(clip, part):
             "end_of_text": clip.tokenizer.eot_token_id,
             "names_with_full_stop": [encode(f"{name}.") for name in names],
             "name_lengths": [len(encode(name)) for name in names],
-            "templates": [encode(data.template.format(name)) for name in names],
-            "prograd_templates": [encode(data.prograd_template.format(name)) for name in names]}
+            "templates": fill(encode, data.template, names),
+            "prograd_templates": fill(encode, data.prograd_template, names)}
+
+
+def fill(encode, template, names):
+    """Return a list for each of the templates separated by |: token numbers of every class."""
+    return [[encode(one.format(name)) for name in names] for one in template.split("|")]

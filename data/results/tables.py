@@ -331,7 +331,7 @@ def class_cells(cells):
             for k, (name, percent, taken, *_) in enumerate(rows):
                 name += f" ({k})" * (names[name] > 1)           # two classes of one name stay two
                 found.append(c._replace(table=table, dataset=name, value=percent, remark=taken))
-    return [c for c in found if c.value is not None]
+    return [c for c in found if type(c.value) in (int, float) and isfinite(c.value)]
 
 
 def name_table(table):
