@@ -429,6 +429,8 @@ def choose_tests(data, validation, count):
 
     A sample has equally many images of each class, and is the same for every method and seed."""
     data = copy.copy(data)
+    if validation and len({item.label for item in data.val}) < len(data.classnames):
+        raise Problem(f"{data.name}: --validation: there are classes with no validation images")
     data.test = data.val if validation else data.test
     if count:
         data.test = few_shot(data.test, max(1, count // len(data.classnames)), seed=0)

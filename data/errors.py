@@ -21,7 +21,7 @@ def one_line_errors():
     """Around main(): end user errors in one line and status 2, Ctrl-C in status 130."""
     try:
         yield
-        sys.stdout.flush()
+        print(end="", flush=True)
     except BaseException as error:
         status, line = explain(error)
         if status is None:

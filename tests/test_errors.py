@@ -348,10 +348,9 @@ def test_tables_need_neither_torch_nor_a_reader(tmp_path):
             "runpy.run_path('common.py', run_name='__main__')")
     run = python(code, str(tmp_path / "results.jsonl"))
     assert run.returncode == 0 and "m998" in run.stdout, run.stderr
-    for end in ("| head -1", ">&-"):
-        command = f"{sys.executable} common.py {tmp_path}/results.jsonl {end}"
-        run = subprocess.run(command, shell=True, cwd=HERE, capture_output=True, text=True)
-        assert not run.stderr
+    command = f"{sys.executable} common.py {tmp_path}/results.jsonl | head -1"
+    run = subprocess.run(command, shell=True, cwd=HERE, capture_output=True, text=True)
+    assert not run.stderr
 
 
 def test_plain_files_are_told_from_others(tmp_path):

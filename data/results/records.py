@@ -152,11 +152,14 @@ def append(file, record):
     """Add a record to a file in one write, so that lines of several processes do not mix."""
     line = json.dumps(record).encode() + b"\n"
     Path(file).parent.mkdir(parents=True, exist_ok=True)
-    with open(file, "ab+") as out:
-        end = out.seek(0, os.SEEK_END)
-        out.seek(max(0, end - 1))
-        cut = end and out.read(1) != b"\n"      # a line that a full disk has cut short
-        out.write(b"\n" + line if cut else line)
+    try:
+        with open(file, "ab+") as out:
+            end = out.seek(0, os.SEEK_END)
+            out.seek(max(0, end - 1))
+            cut = end and out.read(1) != b"\n"      # a line that a full disk has cut short
+            out.write(b"\n" + line if cut else line)
+    except OSError as error:
+        raise Problem(f"--out {file}: {error.strerror}") from None
 
 
 def read(file):

@@ -28,7 +28,6 @@ from data.world.captions import HOW, SYNONYMS
 from data.world.draw import COLOURS, GROUNDS, PLACES, SHAPES, SIZE, STYLES, TEXTURES
 
 HERE = Path(__file__).resolve().parent
-CROP = 0.35  # smallest area of a random crop in training; CLIP's 0.08 is for larger images
 PER_CLASS = {"train": 20, "val": 20, "test": 48}  # images
 
 
