@@ -30,7 +30,6 @@ import math
 import os
 import platform
 import random
-import statistics
 import time
 from collections import Counter
 from dataclasses import dataclass, field
@@ -46,7 +45,7 @@ from tqdm import tqdm
 
 from data import checks, features, weights
 from data.load import Data, Item, check_template, dataset_names, is_embedded, load_data
-from data.results import export, records
+from data.results import export, records, report
 
 HERE = Path(__file__).resolve().parent
 TINY_CLIP = HERE / "data" / "world" / "tiny_clip"
@@ -224,7 +223,7 @@ def runs(script, parser, argv=None):
                     torch.manual_seed(run.seed)
                     yield run
                 done.append(run.id)
-    show_means(args.out, done)
+    report.show_means(args.out, done)
     if failed:
         raise Problem(f"{len(failed)} failed: {'; '.join(failed)}")
 
@@ -716,7 +715,7 @@ class Run:
         self.classnames = [name for _, name in self.classes]
         self.labels = torch.tensor([item.label for item in self.items], device=self.clip.device)
         self.protocol = "base-to-new" if self.args.base_to_new else "few-shot"
-        self.title = f"{self.data.name}, {shots_in_words(self.shots)}, seed {self.seed}"
+        self.title = f"{self.data.name}, {report.shots_in_words(self.shots)}, seed {self.seed}"
         if self.file:
             self.title += f", prompt of {self.file}"
         self.setting = records.digest(
@@ -896,8 +895,7 @@ class Run:
                     "parameters": sum(p.numel() for p in prompt.parameters())}
             record = records.record_of(self, rows, more)
             records.append(args.out, record)        # before printing, which may fail
-            show(self.title, record)
-            print(f"  recorded in {args.out}")
+            report.show(self.title, record, args.out)
         if args.predict:
             self.predict(prompt)
 
@@ -918,16 +916,9 @@ class Run:
         part = Part("predict", data, items, classes if self.parts[0].items else self.classes)
         part.features = encode_images(self.clip, data, items).to(self.clip.device)
         part.zero_shot = template_features(self.clip, data.template, part.classnames)
-        names = [name.replace("_", " ") for name in part.classnames]
-        width = max(max(map(len, names)), len(self.method)) + 8
-        both = [(self.clip.logit_scale * f @ w.T).softmax(-1).topk(min(top, len(names)))
+        both = [(self.clip.logit_scale * f @ w.T).softmax(-1).topk(min(top, len(part.classes)))
                 for f, w in self.classifiers(prompt, part)]
-        zero_shot, ours = ([*zip(values.tolist(), places.tolist())] for values, places in both)
-        for file, (p, k), (q, j) in zip(self.args.predict, ours, zero_shot):
-            print(f"{file}\n  {self.method:<{width}}zero-shot")
-            for row in range(len(p)):
-                print(f"  {names[k[row]]:<{width - 7}} {100 * p[row]:5.1f} "
-                      f" {names[j[row]]:<{width - 7}} {100 * q[row]:5.1f}")
+        report.show_predictions(self.method, self.args.predict, part.classnames, *both)
 
 
 def now(clip):
@@ -937,44 +928,5 @@ def now(clip):
     return time.time()
 
 
-def shots_in_words(shots):
-    return f"{shots} shot{'s' * (shots != 1)}"
-
-
 def percent(right):
     return 100 * right.double().mean().item()
-
-
-def show(title, record):
-    """Print a record's accuracies, and the mean KL divergence from zero-shot CLIP's predictions."""
-    if record["protocol"] == "base-to-new":
-        rows = [(name, record[f"zero_shot_{name}"], record[name], record["kl"].get(name))
-                for name in ("base", "new", "harmonic")]
-    else:
-        rows = [("all classes", record["zero_shot"], record["accuracy"],
-                 record["kl"]["all classes"])]
-    rows += [(name, target["zero_shot"], target["accuracy"], None)
-             for name, target in record["transfer"].items()]
-    width = max(34, len(title), *(2 + len(row[0]) for row in rows))
-    print(f"{title:<{width}} zero-shot {record['method']:>9}  KL to zero-shot")
-    for name, zero_shot, accuracy, kl in rows:
-        tail = f"{kl:17.2f}" if kl is not None else ""
-        print(f"{'  ' + name:<{width}} {zero_shot:9.1f} {accuracy:9.1f}{tail}")
-
-
-def show_means(out, ids):
-    """Print mean ± std over seeds of those of the runs that differ in nothing else."""
-    groups = {}
-    for record in {record["run"]: record for record in records.read(out)[0]}.values():
-        if record["run"] in ids:
-            key = record["setting"], record["data"], record["shots"]
-            groups.setdefault(key, []).append(record)
-    for found in groups.values():
-        if len(found) > 1:
-            first = found[0]
-            print(f"{first['dataset']}, {shots_in_words(first['shots'])}: "
-                  f"mean ± std over {len(found)} seeds of {first['method']}")
-            for name in records.SCORES[first["protocol"]]:
-                values = [record[name] for record in found]
-                mean, std = statistics.mean(values), statistics.stdev(values)
-                print(f"  {name:<20} {mean:6.1f} ± {std:.1f}")
