@@ -153,7 +153,7 @@ def test_transfer_targets_are_compared_by_their_images(cli, mine, table):
 
 
 def test_a_run_is_recorded_before_it_is_printed(cli, tmp_path, monkeypatch):
-    monkeypatch.setattr(common, "show", lambda *some: 1 / 0)
+    monkeypatch.setattr(common.report, "show", lambda *some: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         cli("coop", *QUICK)
     assert len(records.read(tmp_path / "results.jsonl")[0]) == 1
