@@ -1,9 +1,11 @@
 """Image files to pixels, the cache of image features, and safetensors files that appear whole."""
 
+import contextlib
 import functools
 import glob
 import io
 import os
+import stat
 import tempfile
 import time
 import zlib
@@ -25,10 +27,14 @@ SECONDS = 3     # of work that a killed run loses at most
 
 # ---------------------------------------------------------------- pixels
 
-def image_file(path):
-    """Return the path of an image as a Path. Raises Problem if it is missing or no plain file."""
+def image_status(path):
+    """Return os.stat of an image. Raises Problem if it is missing or no plain file."""
+    with contextlib.suppress(OSError, ValueError):
+        status = os.stat(path)
+        if stat.S_ISREG(status.st_mode):
+            return status
     try:
-        return plain_file(path)
+        plain_file(path)
     except Problem as problem:
         raise Problem(f"missing image {problem} (--skip-unreadable leaves it out)") from None
 
@@ -55,9 +61,9 @@ def rgb(image, own=False):
 
 def read_image(path, own=False):
     """Return an image file's content and its RGB image. Raises Problem if it cannot be read."""
-    file = image_file(path)
+    image_status(path)
     try:
-        content = file.read_bytes()
+        content = Path(path).read_bytes()
         return content, rgb(Image.open(io.BytesIO(content)), own)
     except UnidentifiedImageError:
         why = "not in a format that Pillow reads"
@@ -171,12 +177,12 @@ def digest_files(paths, folder):
     by the images' resolved paths, sizes and times."""
     resolve, states = functools.cache(os.path.realpath), []
     for path in paths:
-        status, (parent, name) = image_file(path).stat(), os.path.split(path)
+        status, (parent, name) = image_status(path), os.path.split(path)
         times = status.st_mtime_ns, status.st_ctime_ns
         states.append((resolve(parent), name, status.st_size, *times))
 
     def read(path):
-        return blake2b(image_file(path).read_bytes(), digest_size=16).digest()
+        return blake2b(Path(path).read_bytes(), digest_size=16).digest()
 
     with Store(folder, "contents of images", piece=4096) as store, ThreadPoolExecutor(8) as pool:
         found = {state: bytes(row.numpy()) for state, row in store.find(states).items()}
