@@ -6,7 +6,6 @@ import multiprocessing
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -31,35 +30,23 @@ TWO = ("--seeds", "1,2")
     (["--dataset", "/nowhere/at/all"], "/nowhere/at/all"),
     (["--dataset", ""], "data set ''"),
     (["--dataset", "shapes,,forms"], "data set ''"),
-    (["--dataset", "shapes,forms,shapes"], "shapes twice"),
     (["--dataset", "embedded,shapes"], "shapes twice"),
     (["--transfer", "shapes_noisy"], "shapes_noise"),
     (["--transfer", "shapes"], "the one that is learned"),
-    (["--transfer", "forms,forms"], "forms twice"),
     (["--dataset", "shapes,forms", "--transfer", "forms"], "the one that is learned"),
     (["--template", "a photo"], "{}"),
-    (["--template", "{} and {}"], "{}"),
-    (["--template", "a {x}"], "{}"),
     (["--template", "a {}.|"], "{}"),
-    (["--template", ""], "{}"),
     (["--ctx-init", "a photo of a {}"], "--ctx-init"),
     (["--ctx-init", " "], "--ctx-init"),
     (["--ctx-init", "a" + 80 * " a"], "tokens"),
     (["--n-ctx", "76"], "--n-ctx"),
-    (["--n-ctx", "0"], "--n-ctx"),
     (["--shots", "0"], "--shots"),
     (["--shots", "1,x"], "--shots"),
-    (["--shots", "1,"], "--shots"),
     (["--shots", "4,4"], "twice"),
     (["--seeds", ""], "--seeds"),
-    (["--seeds", "-1"], "--seeds"),
     (["--lr", "nan"], "--lr"),
-    (["--lr", "0"], "--lr"),
-    (["--batch-size", "0"], "--batch-size"),
     (["--epochs", "1.5"], "--epochs"),
-    (["--epochs", "9" * 30], "--epochs"),
     (["--views", "-1"], "--views"),
-    (["--test-images", "0"], "--test-images"),
     (["--position", "top"], "--position"),
     (["--shot", "4"], "--shot"),
     (["--class-specific", "--base-to-new"], "--class-specific"),
@@ -69,7 +56,6 @@ TWO = ("--seeds", "1,2")
     (["--save", "x", *TWO], "{seed}"),
     (["--save", "{seed}", *TWO, "--shots", "1,2"], "{shots}"),
     (["--save", "{seed}", *TWO, "--dataset", "shapes,forms"], "{dataset}"),
-    (["--save", "a{b}"], "--save"),
     (["--save", "x", "--load", "y"], "y"),
     (["--export", "x", *TWO], "--export"),
     (["--export", "x", "--views", "0"], "--views")])
@@ -97,12 +83,6 @@ def test_the_number_of_tokens_beside_the_words_that_decide_it(cli, method):
         assert run.status == 0 and run.records[0]["changed"]["n_ctx"] == 3
     else:
         refused(run, "--n-ctx", "--ctx-init")
-
-
-def test_a_folder_is_no_transfer_target_of_itself_under_another_path(cli, tmp_path):
-    make_images(tmp_path / "mine/a", 3)
-    flags = {"dataset": tmp_path / "mine", "transfer": tmp_path / "mine/a/.."}
-    refused(cli("coop", **flags, backbone=TINY), "--transfer")
 
 
 def test_base_to_new_needs_two_classes_in_each_half(cli, tmp_path):
@@ -162,12 +142,6 @@ def test_only_a_file_of_the_same_kind_is_replaced(files, flag):
     for name in {*KINDS.values(), "text", "json"} - {KINDS[flag]}:
         with pytest.raises(Problem, match=f"{flag} {files / name}: exists and holds something"):
             common.parse(coop.flags(), [flag, str(files / name)])
-
-
-def test_a_refused_file_stays_as_it_is(cli, files):
-    before = (files / "results").read_bytes()
-    refused(cli("coop", *QUICK, export=files / "results"), "--export", "something else")
-    assert (files / "results").read_bytes() == before
 
 
 @pytest.mark.parametrize("flag", KINDS)
@@ -242,24 +216,6 @@ def test_odd_values_elsewhere_break_no_table(tmp_path, change, flags):
         pass
 
 
-def test_eight_thousand_records_take_seconds(tmp_path, capfd):
-    changes = [{"seed": seed, "dataset": name, "method": method, "run": f"{seed}{name}{method}"}
-               for seed in range(200) for name in "abcdefghij" for method in METHODS]
-    (tmp_path / "many.jsonl").write_text("".join(f"{json.dumps(record(**c))}\n" for c in changes))
-    start = time.process_time()
-    tables.main([str(tmp_path / "many.jsonl"), "--all"])
-    assert len(changes) == 8000 and time.process_time() - start < 5
-    assert "60.0 ± 0.0" in capfd.readouterr().out
-
-
-def test_no_results_are_no_traceback(tmp_path):
-    for content in (None, "", "text\n"):
-        if content is not None:
-            (tmp_path / "results").write_text(content)
-        with pytest.raises(Problem, match="no results yet"):
-            tables.main([str(tmp_path / "results")])
-
-
 def test_a_line_that_was_cut_short_does_not_eat_the_next_record(tmp_path):
     file = tmp_path / "results.jsonl"
     for seed in (1, 2):
@@ -295,25 +251,15 @@ def test_lines_of_several_processes_do_not_mix(tmp_path):
     (MemoryError(), 2, "out of memory: use a smaller --class-chunk"),
     (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"), 2,
      "out of memory"),
-    (torch.OutOfMemoryError("CUDA out of memory.\nTried"), 2, "out of GPU memory"),
-    (Problem("two\n lines"), 2, "two lines")])
-def test_a_run_ends_in_one_line(cli, monkeypatch, error, status, words):
+    (torch.OutOfMemoryError("CUDA out of memory.\nTried"), 2, "out of GPU memory")])
+def test_a_command_ends_in_one_line(cli, monkeypatch, error, status, words):
     def train(prompt, run):
         raise error
 
     monkeypatch.setattr(coop, "train", train)
-    run = cli("coop", *QUICK)
+    run = cli("coop", *QUICK, *TWO)
     assert run.status == status and len(run.err.splitlines()) == 1 and not run.records
     assert run.err.startswith("coop.py: ") and words in run.err
-
-
-def test_an_interrupt_ends_all_runs(cli, monkeypatch):
-    def train(prompt, run):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(coop, "train", train)
-    run = cli("coop", *QUICK, *TWO)
-    assert run.status == 130 and run.err == "coop.py: interrupted\n"
 
 
 def test_a_mistake_in_the_code_keeps_its_traceback(cli, monkeypatch):
@@ -322,48 +268,16 @@ def test_a_mistake_in_the_code_keeps_its_traceback(cli, monkeypatch):
         cli("coop", *QUICK)
 
 
-def test_a_full_disk_under_the_results_is_one_line(cli, monkeypatch):
-    def full(file, record):
-        raise OSError(errno.ENOSPC, "No space left on device", str(file))
-
-    monkeypatch.setattr(records, "append", full)
-    refused(cli("coop", *QUICK), "results.jsonl: No space left on device")
-
-
-def python(code, *argv):
-    return subprocess.run([sys.executable, "-c", code, *argv], cwd=HERE, capture_output=True,
-                          text=True, env={**os.environ, "PYTHONPATH": str(HERE)}, timeout=60)
-
-
 def test_an_old_python_is_told_so_before_anything_else():
-    run = python("import sys; sys.version_info = (3, 10, 9); import common")
+    code = "import sys; sys.version_info = (3, 10, 9); import common"
+    run = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True)
     assert run.returncode == 1 and len(run.stderr.splitlines()) == 1
     assert "needs Python 3.11" in run.stderr
 
 
-def test_tables_need_neither_torch_nor_a_reader(tmp_path):
+def test_a_closed_pipe_is_no_error(tmp_path):
     lines = [json.dumps(record(seed=seed, method=f"m{seed}", run=str(seed))) for seed in range(999)]
     (tmp_path / "results.jsonl").write_text("\n".join(lines))
-    code = ("import runpy, sys; sys.modules['torch'] = None; sys.argv[0] = 'common.py';"
-            "runpy.run_path('common.py', run_name='__main__')")
-    run = python(code, str(tmp_path / "results.jsonl"))
-    assert run.returncode == 0 and "m998" in run.stdout, run.stderr
     command = f"{sys.executable} common.py {tmp_path}/results.jsonl | head -1"
     run = subprocess.run(command, shell=True, cwd=HERE, capture_output=True, text=True)
     assert not run.stderr
-
-
-def test_plain_files_are_told_from_others(tmp_path):
-    os.mkfifo(tmp_path / "pipe")
-    for path, words in ((tmp_path / "pipe", "no plain file"), (tmp_path, "a folder"),
-                        (tmp_path / "none", "No such file"), ("a\0b", "null byte")):
-        with pytest.raises(Problem, match=words):
-            errors.plain_file(path)
-
-
-def test_numbers_are_refused_beyond_their_bounds():
-    parse = common.number(int, 1, 10, low_ok=True)
-    assert [parse("1"), parse("9")] == [1, 9]
-    for text in ("0", "10", "1.5", "", "nan"):
-        with pytest.raises((ValueError, errors.argparse.ArgumentTypeError)):
-            parse(text)

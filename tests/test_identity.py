@@ -1,6 +1,5 @@
 """One identity of a run: what is already recorded, and what may stand in one mean or one row."""
 
-import re
 import shutil
 from dataclasses import replace
 
@@ -26,32 +25,9 @@ def mine(tmp_path):
     return tmp_path / "mine"
 
 
-@pytest.fixture
-def table(tmp_path, capfd):
-    """Print the tables of --out; return {row: its numbers} of all rows, and the text."""
-    def read(*flags, file=tmp_path / "results.jsonl"):
-        tables.main([str(file), *flags])
-        text, rows, name = capfd.readouterr().out, {}, ""
-        for line in text.splitlines():
-            if line.startswith("  ") and "(" not in line[:4]:
-                words = re.split("  +", line.strip())       # a long name has a line of its own
-                name = words[0] if line[2] != " " else name
-                rows.setdefault(name, []).extend(words[1:] if line[2] != " " else words)
-        return rows, text
-    return read
-
-
 def count(run):
     assert run.status == 0, run.err
     return len(run.records)
-
-
-def retrain(clip):
-    """Change the weights in a copy of the tiny CLIP's folder; they are read once a process."""
-    file = clip / "open_clip_model.safetensors"
-    tensors = load_file(file)
-    save_file({**tensors, "text_projection": tensors["text_projection"] + 0.1}, file)
-    common.load_clip.cache_clear()
 
 
 # ---------------------------------------------------------------- already recorded
@@ -76,7 +52,10 @@ def test_other_weights_under_the_same_name_are_another_run(cli, tmp_path):
     clip = shutil.copytree(common.TINY_CLIP, tmp_path / "clip")
     flags = {"backbone": f"local-dir:{clip}", "keep": True}
     assert count(cli("coop", *QUICK, **flags)) == 1
-    retrain(clip)
+    file = clip / "open_clip_model.safetensors"
+    tensors = load_file(file)
+    save_file({**tensors, "text_projection": tensors["text_projection"] + 0.1}, file)
+    common.load_clip.cache_clear()              # weights are read once a process
     assert count(cli("coop", *QUICK, **flags)) == 2
 
 
@@ -139,17 +118,14 @@ def test_a_script_elsewhere_is_identified_by_its_own_code(cli, tmp_path):
     assert len({run["run"], first, identify("a = 2")}) == 3
 
 
-def test_transfer_targets_are_compared_by_their_images(cli, mine, table):
+def test_transfer_targets_are_compared_by_their_images(cli, mine):
     flags = {"transfer": mine, "keep": True}
     assert count(cli("coop", *QUICK, **flags)) == 1
     assert count(cli("coop", *QUICK, keep=True)) == 1       # the record holds more
     make_images(mine / "test/cat", 2, seed=1)
-    again = cli("coop", *QUICK, **flags, dataset="shapes")
-    assert count(again) == 2
-    new = again.records[1]["transfer"][str(mine)]["accuracy"]
-    rows, _ = table()
-    assert any(f"{new:.1f}" in " ".join(row) for row in rows.values())
-    assert not any("±" in text for row in rows.values() for text in row)
+    first, again = cli("coop", *QUICK, **flags).records
+    assert first["run"] == again["run"]
+    assert first["transfer"][str(mine)]["data"] != again["transfer"][str(mine)]["data"]
 
 
 def test_a_run_is_recorded_before_it_is_printed(cli, tmp_path, monkeypatch):
@@ -170,78 +146,50 @@ def test_a_mean_is_over_runs_that_differ_in_the_seed_only(cli):
     assert len(run.records) == 4 and "±" not in run.out
 
 
-def test_a_folder_that_grew_is_not_averaged_with_what_it_was(cli, mine, table):
+def test_a_folder_that_grew_is_not_averaged_with_what_it_was(cli, mine, tmp_path, capfd):
     flags = {"dataset": mine, "backbone": TINY, "keep": True}
     cli("coop", *QUICK, **flags)
     for part in ("train", "test"):
         make_images(mine / part / "owl", 2)
-    run = cli("coop", *QUICK, "--seeds", 2, **flags)
-    assert count(run) == 2 and "±" not in run.out
-    rows, text = table()
+    run = cli("coop", *QUICK, "--seeds", "2", **flags)
+    assert count(run) == 2 and run.records[0]["data"] != run.records[1]["data"]
+    tables.main([str(tmp_path / "results.jsonl")])
+    text = capfd.readouterr().out
     assert "±" not in text and "left out: 1 older run" in text
-    assert [f"{run.records[1]['accuracy']:.1f}"] == rows["coop --epochs 1 --views 1"]
 
 
-def test_runs_of_older_code_have_a_tag_beside_the_current_only(cli, table, monkeypatch):
-    monkeypatch.setattr(records, "COMPUTING", records.COMPUTING[:1])
-    cli("coop", *QUICK)
-    assert "coop --epochs 1 --views 1" in table()[0]        # alone it needs none
-    monkeypatch.undo()
-    cli("coop", *QUICK, keep=True)
-    names = [name for name in table()[0] if name.startswith("coop")]
-    assert len(names) == 2 and "coop --epochs 1 --views 1" in names
-    assert any(re.search(r" \[[0-9a-f]{6}\]$", name) for name in names)
+@pytest.mark.parametrize("flags", [("--validation",), ("--test-images", 24),
+                                   ("--template", "{} night.")])
+def test_other_tests_are_other_rows_also_of_loaded_prompts(cli, tmp_path, capfd, flags):
+    plain = cli("coop", *QUICK, save=tmp_path / "saved").records[0]
+    other = cli("coop", *flags, load=tmp_path / "saved", keep=True).records[1]
+    assert plain["zero_shot"] != other["zero_shot"] and plain["data"] != other["data"]
+    tables.main([str(tmp_path / "results.jsonl")])
+    text = capfd.readouterr().out
+    rows = [line.split() for line in text.splitlines()]
+    assert ["zero-shot", f"{plain['zero_shot']:.1f}"] in rows and "left out" not in text
+    assert f"zero-shot {flags[0]}" in text and f"coop --load {tmp_path}/saved" in text
 
 
-def test_two_templates_are_two_zero_shot_rows_also_with_loaded_prompts(cli, table, tmp_path):
-    other = ("--template", "{} night.")
-    plain = cli("coop", *QUICK).records[0]["zero_shot"]
-    saved = cli("coop", *QUICK, *other, save=tmp_path / "saved", keep=True)
-    told = saved.records[1]["zero_shot"]
-    assert count(cli("coop", load=tmp_path / "saved", keep=True)) == 3
-    rows, text = table()
-    assert rows["zero-shot"] == [f"{plain:.1f}"] != [f"{told:.1f}"], text
-    assert rows["zero-shot --template '{} night.'"] == [f"{told:.1f}"]
-    assert "coop --epochs 1 --views 1" in rows and "left out" not in text
-
-
-@pytest.mark.parametrize("flags", [("--validation",), ("--test-images", 24)])
-def test_other_test_images_are_rows_of_their_own(cli, table, flags):
-    first = cli("coop", *QUICK).records[0]
-    other = cli("coop", *QUICK, *flags, keep=True).records[1]
-    rows, text = table()
-    name = " ".join(map(str, flags))
-    assert rows["zero-shot"] == [f"{first['zero_shot']:.1f}"] and "left out" not in text, text
-    assert rows[f"zero-shot {name}"] == [f"{other['zero_shot']:.1f}"]
-    assert len([row for row in rows if row.startswith("coop")]) == 2
-
-
-def test_loaded_prompts_have_rows_of_their_own(cli, table, tmp_path):
-    cli("coop", *QUICK)
-    for seed in (1, 2):
-        file = tmp_path / f"saved-{seed}"
-        cli("coop", *QUICK, dataset="forms", seeds=seed, save=file, out=tmp_path / "others")
-        assert count(cli("coop", load=file, dataset="shapes", keep=True)) == 1 + seed
-    rows, text = table()
-    assert len([name for name in rows if name.startswith("coop")]) == 3, text
-    assert "±" not in text
+def test_the_template_of_a_loaded_prompt_is_recorded_as_one_that_was_typed(cli, tmp_path):
+    cli("coop", *QUICK, "--template", "{} night.", save=tmp_path / "saved")
+    changed = cli("coop", load=tmp_path / "saved").records[0]["changed"]
+    assert changed == {"load": str(tmp_path / "saved"), "template": "{} night."}
 
 
 def test_a_mean_of_loaded_prompts_is_of_different_files(cli, tmp_path):
-    file = tmp_path / "saved"
-    cli("coop", *QUICK, save=file)
-    shutil.copy(file, tmp_path / "saved-1")
-    shutil.copy(file, tmp_path / "saved-2")
-    run = cli("coop", "--seeds", "1,2", load=tmp_path / "saved-{seed}")
-    assert run.status == 2 and "saved-2" in run.err and "±" not in run.out
-    assert len(run.err.splitlines()) <= 2
+    cli("coop", *QUICK, save=tmp_path / "saved-1")
+    shutil.copy(tmp_path / "saved-1", tmp_path / "saved-2")
+    for name in ("saved-1", "saved-{seed}"):
+        run = cli("coop", "--seeds", "1,2", load=tmp_path / name)
+        assert run.status == 2 and len(run.err.splitlines()) == 2 and "±" not in run.out
 
 
 def test_prompts_of_two_data_sets_do_not_share_a_mean(cli, tmp_path):
     for seed, dataset in ((1, "shapes"), (2, "forms")):
         cli("coop", *QUICK, "--seeds", seed, dataset=dataset, save=tmp_path / f"c-{seed}")
     run = cli("coop", "--seeds", "1,2", load=tmp_path / "c-{seed}", dataset="scenes")
-    assert "±" not in run.out
+    assert count(run) == 2 and "±" not in run.out
 
 
 def test_files_of_one_command_that_were_trained_differently_are_refused(cli, tmp_path):
