@@ -143,6 +143,11 @@ def test_defaults(method):
     assert {flag: vars(args)[flag] for flag in DEFAULTS[method]} == DEFAULTS[method]
 
 
+def test_restore_learns_more_slowly_on_the_embedded_data_sets():
+    parser = restore.flags()
+    assert common.settle(common.parse(parser, []), parser, "shapes").lr == 0.0005
+
+
 @every_method
 def test_under_autocast_a_steps_gradient_keeps_its_direction_and_size(method, small):
     one_step = config(method, steps=1, context_seed=None, n_ctx=2, context_words="a photo")

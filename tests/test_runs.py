@@ -100,19 +100,12 @@ def test_another_data_set_is_tested_with_its_own_template(cli, tmp_path):
 
 def test_a_class_is_predicted_from_a_prompt_file_alone(cli, tmp_path, root):
     image = next((root / "shapes/images/red_heart").iterdir())
-    flags = ("--base-to-new", "--predict", image)
     trained = cli("coop", *QUICK, "--predict", image, save=tmp_path / "all")
     loaded = cli("coop", "--predict", image, load=tmp_path / "all", data_root=tmp_path / "none")
     assert loaded.status == 0 and not (tmp_path / "none/shapes").exists() and not loaded.records
     assert loaded.out in trained.out and "red heart" in loaded.out
     lines = [line.split() for line in loaded.out.splitlines()[2:]]
     assert len(lines) == 5 and float(lines[0][2]) >= float(lines[1][2])
-
-    cli("coop", *QUICK, *flags, save=tmp_path / "base")         # of base classes only
-    classes = json.loads(safe_open(tmp_path / "base", "pt").metadata()["origin"])["classes"]
-    loaded = cli("coop", "--predict", image, load=tmp_path / "base", data_root=tmp_path / "none")
-    names = {name.replace("_", " ") for _, name in classes}
-    assert all(" ".join(line.split()[:-3]) in names for line in loaded.out.splitlines()[2:0])
 
 
 def test_a_transfer_is_tested_beside_a_prediction(cli, saved, root):
@@ -177,7 +170,6 @@ def test_damaged_bits_and_other_dtypes_are_refused(cli, saved):
     saved.write_bytes(content)
     rewrite(saved, {"v": tensors["v"].half()})
     refused(cli("coop", load=saved), saved)
-    assert len(accuracies(cli("coop", *QUICK))) == 1
 
 
 def test_tensors_of_another_form_are_refused(cli, saved):
@@ -189,23 +181,18 @@ def test_tensors_of_another_form_are_refused(cli, saved):
     refused(cli("coop", load=saved), saved, "(3, 80)")
 
 
-@pytest.mark.parametrize("content", [
-    b"", b"text", b"\xff" * 8, b"\x02\0\0\0\0\0\0\0{}", b"\x02\0\0\0\0\0\0\0[]",
-    b"\x11\0\0\0\0\0\0\0" b'{"__metadata__":1}'[:17]])
+@pytest.mark.parametrize("content", [b"", b"text", b"\xff" * 8, b"\x02\0\0\0\0\0\0\0[]"])
 def test_what_is_no_prompt_is_refused(cli, tmp_path, content):
     (tmp_path / "odd").write_bytes(content)
     refused(cli("coop", load=tmp_path / "odd"), "odd", "no prompt")
+    refused(cli("coop", load=tmp_path), f"--load {tmp_path}: is a folder")
+    refused(cli("coop", load=tmp_path / "none"), "--load", "none: No such file")
 
 
-@pytest.mark.parametrize("origin", ["{}", "[]", "null", "{", '{"method": "coop"}', "[" * 9999])
+@pytest.mark.parametrize("origin", ["[]", "{", '{"method": "coop"}', "[" * 9999])
 def test_a_prompt_whose_origin_is_not_told_is_refused(cli, saved, origin):
     rewrite(saved, origin=origin)
     refused(cli("coop", load=saved), saved, "no prompt")
-
-
-def test_folders_and_missing_files_are_not_loaded(cli, tmp_path):
-    refused(cli("coop", load=tmp_path), f"--load {tmp_path}: is a folder")
-    refused(cli("coop", load=tmp_path / "none"), "--load", "none: No such file")
 
 
 # ---------------------------------------------------------------- the runs of a command
@@ -263,12 +250,6 @@ def test_one_run_that_fails_does_not_end_the_others(cli, monkeypatch):
     refused(cli("coop", *QUICK, "--seeds", 2), "the training failed")
 
 
-def test_suites_are_names_of_data_sets(monkeypatch):
-    args = common.parse(coop.flags(), ["--dataset", "embedded"])
-    assert len(args.dataset) == 11 and "shapes" in args.dataset
-    assert len(common.parse(coop.flags(), ["--dataset", "papers"]).dataset) == 11
-
-
 def test_more_shots_than_images_are_recorded_as_those_that_were_used(cli):
     run = cli("coop", "--epochs", 1, "--views", 1, "--shots", "20,1000")
     assert [record["shots"] for record in run.records] == [20] and "using the 20" in run.out
@@ -276,14 +257,12 @@ def test_more_shots_than_images_are_recorded_as_those_that_were_used(cli):
 
 def test_a_sample_of_test_images_is_the_same_for_all_and_never_mixed(cli):
     flags = (*QUICK, "--test-images", 48)
-    records = [cli(method, *flags, keep=True).records[-1] for method in METHODS[:3]]
-    records += cli("coop", *QUICK, "--test-images", 48, "--seeds", 2).records
-    assert len({(r["zero_shot"], r["data"]) for r in records}) == 1
-    confusion = records[0]["confusion"]["all classes"]
-    assert {sum(row) for row in confusion} == {2} and records[0]["flags"]["test_images"] == 48
+    found = [cli(method, *flags).records[0] for method in METHODS[:3]]
+    assert len({record["data"] for record in found}) == 1
+    assert found[0]["flags"]["test_images"] == 48
     cli("coop", *QUICK)
     run = cli("coop", *flags, "--seeds", "1,2", keep=True)
-    assert len({r["data"] for r in run.records}) == 2 and "over 2 seeds" in run.out
+    assert len({record["data"] for record in run.records}) == 2 and "over 2 seeds" in run.out
 
 
 def test_a_bad_test_image_is_found_before_the_training(cli, eurosat, no_training):
