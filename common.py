@@ -215,9 +215,7 @@ def runs(script, parser, argv=None):
                 if len(mine) > 1:
                     run.title += f", run {mine.index(run.job) + 1} of {len(mine)}"
                 run.errors = note_failure(run.title, failed, len(mine) > 1)
-                if run.id in done:
-                    checks.twice(run)
-                elif recorded(run):
+                if run.id in done or recorded(run):
                     print(f"{run.title}: already in {args.out}; --again repeats it")
                 else:
                     torch.manual_seed(run.seed)

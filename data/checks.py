@@ -95,9 +95,3 @@ def origin(origin, file, job, method, clip, args, data):
         raise Problem(f"--load {file}: was trained on classes of the new half, too")
     if getattr(args, "class_specific", False) and learned != set(classes):
         raise Problem(f"--load {file}: holds contexts of other classes (--class-specific)")
-
-
-def twice(run):
-    """Raise Problem if two files of --load are the same prompt: their mean means nothing."""
-    if run.file:
-        raise Problem(f"--load {run.file}: is the same prompt as another one of this command")

@@ -3,6 +3,7 @@
 Skipped without a GPU. `DEVICE=cpu pytest tests/test_cuda.py` tries the tests themselves on a CPU.
 """
 
+import dataclasses
 import os
 import warnings
 
@@ -147,7 +148,7 @@ def test_ten_steps(tmp_path, method, precision):
 def test_classes_in_chunks(tmp_path, method):
     clip = load(DEVICE)
     whole, _ = train(method, clip, tmp_path)
-    cut, _ = train(method, common.replace(clip, class_chunk=3), tmp_path)
+    cut, _ = train(method, dataclasses.replace(clip, class_chunk=3), tmp_path)
     for p, q in zip(whole.parameters(), cut.parameters()):
         torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-5)
 
