@@ -2,6 +2,7 @@
 
 import json
 import math
+import random
 from dataclasses import replace
 from pathlib import Path
 
@@ -40,6 +41,11 @@ def items_of(labels):
 def test_a_class_with_too_few_images_gives_all_in_their_order():
     items = items_of([0, 1, 0, 1, 0])
     assert common.few_shot(items, 3, 1)[3:] == [items[1], items[3]]
+
+
+def test_a_class_with_exactly_as_many_images_as_shots_is_drawn_too():
+    items = items_of([0] * 5)
+    assert common.few_shot(items, 5, 1) == random.Random(1).sample(items, 5)
 
 
 @pytest.mark.parametrize("new, names, labels", [(False, "abc", [0, 1, 2]), (True, "de", [0, 1])])
@@ -221,6 +227,10 @@ def test_a_template_has_the_features_that_open_clip_gives_its_texts(tiny):
     expected = tiny.model.encode_text(tiny.tokenizer(texts), normalize=True)
     found = common.template_features(tiny, "a photo of a {}.", NAMES)
     assert torch.allclose(found, expected, atol=1e-5)
+
+
+def test_tau_is_the_exponential_of_the_parameter_that_clip_calls_logit_scale(tiny):
+    assert tiny.logit_scale == pytest.approx(tiny.model.logit_scale.exp().item())
 
 
 def test_of_several_templates_the_unit_norm_features_are_averaged(tiny):

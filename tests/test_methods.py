@@ -259,9 +259,10 @@ def make_prompt(script, clip, v, position):
 
 @every_context
 @pytest.mark.parametrize("position, template", [
-    ("end", "a large green {}."), ("middle", "a {} large green."), ("front", "{} a large green.")])
+    ("end", "a very large green {}."), ("middle", "a very {} large green."),
+    ("front", "{} a very large green.")])
 def test_a_context_of_words_is_the_hand_crafted_prompt(small, script, position, template):
-    prompt = make_prompt(script, small, common.embed(small, "a large green"), position)
+    prompt = make_prompt(script, small, common.embed(small, "a very large green"), position)
     found = prompt(common.name_embeddings(small, NAMES))
     assert torch.allclose(found, common.template_features(small, template, NAMES), atol=1e-5)
 
@@ -333,10 +334,11 @@ def test_with_everything_off_it_is_coop_to_the_bit():
 
 
 def test_the_loss_is_the_docstrings_term_by_term(small):
-    training = follow(config("mvp_mi", steps=1, mi_weight=4, image_weight=0.5))
+    y = [0, 3, 1, 0]
+    training = follow(config("mvp_mi", steps=1, labels=y, mi_weight=4, image_weight=0.5))
     w = mvp_mi.Prompt(small, training.initial["v"])(common.name_embeddings(small, NAMES)).detach()
     h = common.template_features(small, "a centered satellite photo of {}.", NAMES)
-    f, y, C = training.run.features[:, 0], [0, 3, 1, 4], range(5)
+    f, C = training.run.features[:, 0], range(5)
     z, y_z = training.mixed[0]
 
     def T(a, b):
@@ -344,11 +346,11 @@ def test_the_loss_is_the_docstrings_term_by_term(small):
 
     views = torch.stack([torch.stack([T(w[c], h[k]) for k in C]) for c in C])
     l_view = -sum(views[c].log_softmax(0)[c] + views[:, c].log_softmax(0)[c] for c in C) / 10
-    l_img = -sum(torch.stack([T(w[k], x) for k in C]).log_softmax(0)[c] for x, c in zip(z, y_z)) / 8
+    l_img = -sum(torch.stack([T(w[k], x) for k in C]).log_softmax(0)[c] for x, c in zip(z, y_z)) / 6
     pairs = [*zip(f, y), *zip(z, y_z)]
-    loss = -sum((100 * w @ x).log_softmax(0)[c] for x, c in pairs) / 12
+    loss = -sum((100 * w @ x).log_softmax(0)[c] for x, c in pairs) / 10
     step = training.log[0]
-    assert y_z.tolist() == [0, 0, 1, 1, 3, 3, 4, 4]
+    assert y_z.tolist() == [0, 0, 1, 1, 3, 3]
     assert step["loss"].item() == pytest.approx((loss + 4 * l_view + 0.5 * l_img).item(), rel=1e-4)
     assert step["bound"].item() == pytest.approx((math.log(5) - l_view).item(), abs=1e-4)
     assert step["image_bound"].item() == pytest.approx((math.log(5) - l_img).item(), abs=1e-4)

@@ -128,8 +128,9 @@ def test_contexts_of_other_classes_are_refused(cli, tmp_path):
 
 def test_mvp_mi_keeps_its_template_and_its_trained_classes(cli, tmp_path):
     file, scenes = tmp_path / "saved", {"transfer": "scenes"}
-    with_transfer = cli("mvp_mi", *QUICK, **scenes, save=file).records[0]
-    alone = cli("mvp_mi", *QUICK, "--again").records[0]
+    flags = (*QUICK, "--template", "{} night.")
+    with_transfer = cli("mvp_mi", *flags, **scenes, save=file).records[0]
+    alone = cli("mvp_mi", *flags, "--again").records[0]
     loaded = cli("mvp_mi", load=file).records[0]
     elsewhere = cli("mvp_mi", load=file, dataset="scenes").records[0]
     again = cli("mvp_mi", load=file, **scenes).records[0]
@@ -140,10 +141,10 @@ def test_mvp_mi_keeps_its_template_and_its_trained_classes(cli, tmp_path):
 
 
 def test_words_that_prograd_has_left_over_travel_with_the_prompt(cli, tmp_path):
-    flags = ("--ctx-init", "a type of pet, a photo of a", "--lr", 0.1)     # 9 tokens, 8 words
+    flags = ("--template", "a type of pet, a photo of a {}.", "--lr", 0.1)     # 9 tokens, 8 words
     trained = cli("prograd", *QUICK, *flags, save=tmp_path / "saved", transfer="forms").records[0]
     assert len(load_file(tmp_path / "saved")["left_over"]) == 1
-    loaded = cli("prograd", load=tmp_path / "saved", dataset="forms").records[0]
+    loaded = cli("prograd", load=tmp_path / "saved", dataset="forms").records[0]    # has none
     assert loaded["accuracy"] == trained["transfer"]["forms"]["accuracy"]
 
 
