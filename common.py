@@ -868,7 +868,7 @@ class Run:
         logits = [self.clip.logit_scale * f @ w.T for f, w in self.classifiers(prompt, part)]
         zero_shot, predicted = (z.argmax(-1) for z in logits)
         log_zs, log_p = (z.double().log_softmax(-1) for z in logits)
-        places = labels * len(part.classes) + predicted
+        places = (labels * len(part.classes) + predicted).cpu()
         counts = torch.bincount(places, minlength=len(part.classes) ** 2)
         return {"zero_shot": percent(zero_shot == labels), "accuracy": percent(predicted == labels),
                 "kl": (log_zs.exp() * (log_zs - log_p)).sum(-1).mean().item(),

@@ -23,11 +23,6 @@ def refused(run, *words):
     assert all(str(word) in run.err for word in words), run.err
 
 
-def accuracies(run):
-    assert run.status == 0, run.err
-    return [record["accuracy"] for record in run.records]
-
-
 def rewrite(file, tensors=None, **metadata):
     """Save a prompt file's content again, with other tensors or metadata."""
     with safe_open(file, "pt") as content:
@@ -78,11 +73,8 @@ def test_a_prompt_file_brings_data_set_template_and_training_flags(cli, tmp_path
                                    ("--seeds", 1), ("--n-ctx", 3), ("--position", "front")])
 def test_flags_that_contradict_the_prompt_file_are_refused(cli, saved, flags):
     refused(cli("coop", *flags, load=saved), saved, flags[0].strip("-s"))
-
-
-def test_flags_that_repeat_the_prompt_file_are_taken(cli, saved):
     same = ("--epochs", 1, "--shots", 2, "--seeds", 3, "--lr", 0.1)
-    assert len(accuracies(cli("coop", *same, load=saved))) == 1
+    assert cli("coop", *same, load=saved).status == 0
 
 
 def test_a_prompt_is_tested_with_the_flags_of_a_test(cli, saved):
@@ -106,12 +98,8 @@ def test_a_class_is_predicted_from_a_prompt_file_alone(cli, tmp_path, root):
     assert loaded.out in trained.out and "red heart" in loaded.out
     lines = [line.split() for line in loaded.out.splitlines()[2:]]
     assert len(lines) == 5 and float(lines[0][2]) >= float(lines[1][2])
-
-
-def test_a_transfer_is_tested_beside_a_prediction(cli, saved, root):
-    image = next((root / "shapes/images/red_heart").iterdir())
-    run = cli("coop", "--predict", image, load=saved, transfer="forms")
-    assert "forms" in run.records[0]["transfer"] and str(image) in run.out
+    both = cli("coop", "--predict", image, load=tmp_path / "all", transfer="forms")
+    assert "forms" in both.records[0]["transfer"] and str(image) in both.out
 
 
 def test_classes_that_a_prompt_has_learned_are_not_new(cli, saved, tmp_path, root):
