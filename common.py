@@ -882,17 +882,18 @@ class Run:
         trained, args = now(self.clip), self.args
         self.check_finite(*prompt.parameters())
         rows = {part.name: self.evaluate(prompt, part) for part in self.parts if part.items}
-        if args.save:
-            self.save(prompt)
-        if args.export:
-            export.write(self, prompt, rows)
         if rows:
             seconds = {"encoding": self.encoding, "training": trained - self.started,
                        "all": now(self.clip) - self.started + self.encoding}
             more = {**self.history(), **more, "seconds": seconds,
                     "parameters": sum(p.numel() for p in prompt.parameters())}
             record = records.record_of(self, rows, more)
-            records.append(args.out, record)        # before printing, which may fail
+            records.append(args.out, record)        # before what follows, which may fail
+        if args.save:
+            self.save(prompt)
+        if args.export:
+            export.write(self, prompt, rows)
+        if rows:
             report.show(self.title, record, args.out)
         if args.predict:
             self.predict(prompt)

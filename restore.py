@@ -27,7 +27,7 @@ The loss, for image x with label y among C classes:
     s_l     state of the end token or class token after block l = 1 ... all, s_l^0 without prompts;
             the mean is over the C classes or the batch. If the encoders have different depths,
             blocks are paired from the last
-    b       blend of the surgery, 0.1, not trained. Once, when a third of the epochs is done,
+    b       blend of the surgery, 0.1, not trained. Once, after epoch E // 3 (the fourth of ten),
             b_t += 0.02 and b_i += 0.005 times the shift, a mean over blocks and the epoch's steps
             (authors' code; the paper gives no reason for moment and constants)
     A       `down` starts at zero (ours): A(z) = z, and the first gradient reaches only `down`
