@@ -220,7 +220,8 @@ def runs(script, parser, argv=None):
                 else:
                     torch.manual_seed(run.seed)
                     yield run
-                done.append(run.id)
+                if run.title not in failed:
+                    done.append(run.id)
     report.show_means(args.out, done)
     if failed:
         raise Problem(f"{len(failed)} failed: {'; '.join(failed)}")
@@ -424,7 +425,8 @@ def half(items, classnames, new):
 def choose_tests(data, validation, count):
     """Return the data set as it is tested: on its validation images, on `count` images at most.
 
-    A sample has equally many images of each class, and is the same for every method and seed."""
+    A sample has equally many images of each class, at least one, and is the same for every method
+    and seed."""
     data = copy.copy(data)
     if validation and len({item.label for item in data.val}) < len(data.classnames):
         raise Problem(f"{data.name}: --validation: there are classes with no validation images")
@@ -774,7 +776,7 @@ class Run:
         tensors = features.read_whole(self.file, "--load")
         if features.tensor_digest(tensors) != self.origin["tensors"]:
             raise Problem(f"--load {self.file}: is damaged: its tensors have changed")
-        for name, buffer in prompt.named_buffers():     # ProGrad's: as many words as there were
+        for name, buffer in prompt.named_buffers():     # may have another length in the file
             if name in tensors and buffer.shape[1:] == tensors[name].shape[1:]:
                 setattr(prompt, name, tensors[name].to(buffer))
         wanted = {name: (tuple(t.shape), t.dtype) for name, t in prompt.state_dict().items()}
@@ -804,8 +806,8 @@ class Run:
             self.features = self.encode_views([epoch], None)
         columns = zip(*self.plan(epoch))
         rows, views = (torch.stack(column).to(self.clip.device) for column in columns)
-        for some, of in zip(rows, views):
-            yield self.features[some, of], self.labels[some]
+        for row, view in zip(rows, views):              # (B,) each
+            yield self.features[row, view], self.labels[row]
 
     def pixel_batches(self, epoch):
         """Yield (pixels (B, 3, H, W), labels (B,), rows (B,), views (B,)) of the epoch's batches.
@@ -827,7 +829,8 @@ class Run:
             self.check_finite()         # once an epoch: a GPU is not made to wait at every step
         for name, value in values.items():
             steps = self.logged.setdefault(name, {}).setdefault(epoch, [])
-            steps.append(torch.as_tensor(value).detach())
+            plain = torch.float64 if isinstance(value, float) else None
+            steps.append(torch.as_tensor(value, dtype=plain).detach())
 
     def check_finite(self, *tensors):
         """Raise Problem if the last epoch's loss, or one of the tensors, is not finite."""

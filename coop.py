@@ -78,7 +78,7 @@ def train(prompt, run):
     clip, args = run.clip, run.args
     names = common.name_embeddings(clip, run.classnames)
     optimizer = torch.optim.SGD(prompt.parameters(), args.lr, momentum=0.9, weight_decay=5e-4)
-    epochs = args.epochs or common.default_epochs(run)  # 50, 100 or 200 for 1, 2 to 7, 8+ shots
+    epochs = args.epochs or common.default_epochs(run)  # 50/100/200 for 1/2-7/8+ shots; ImageNet 50
     for epoch in common.progress(range(epochs), desc="training", unit="epoch"):
         # One epoch of warm-up at 1e-5, then half a cosine from lr to almost 0.
         decay = (1 + math.cos(math.pi * (epoch - 1) / epochs)) / 2

@@ -60,7 +60,7 @@ class Prompt(torch.nn.Module):
         self.v = torch.nn.Parameter(v)                  # (M, W); class-specific: (C, M, W)
         self.position = position
         self.template = template                        # for new classes in a test; None: w_c
-        self.trained = set(trained)                     # (label, name) of the classes
+        self.trained = set(trained)                     # classes: equal in label and name
 
     def forward(self, names):
         """Return the class features w, unit-norm, (C, D).
@@ -111,7 +111,7 @@ class Critic(torch.nn.Module):
 
 
 def info_nce(scores):
-    """Return L_view of the critic's scores of all pairs of classes, (C, C)."""
+    """Return L_view, both ways, of the critic's scores of all pairs of classes, (C, C)."""
     own = torch.arange(len(scores), device=scores.device)
     return (F.cross_entropy(scores, own) + F.cross_entropy(scores.T, own)) / 2
 
@@ -137,10 +137,11 @@ def train(prompt, run):
     optimizer = torch.optim.SGD(prompt.parameters(), args.lr, momentum=0.9, weight_decay=5e-4)
     h = common.template_features(clip, run.data.template, run.classnames)       # (C, D)
     critic = Critic(h.shape[1], args.mi_temperature).to(clip.device)
-    if args.critic == "learned":                        # else nobody updates it
+    critic.requires_grad_(args.critic == "learned")     # cosine: it stays as it starts
+    if args.critic == "learned":
         optimizer.add_param_group({"params": critic.parameters(), "weight_decay": 0})
     rng = torch.Generator().manual_seed(run.seed)
-    epochs = args.epochs or common.default_epochs(run)  # 50, 100 or 200 for 1, 2 to 7, 8+ shots
+    epochs = args.epochs or common.default_epochs(run)  # 50/100/200 for 1/2-7/8+ shots; ImageNet 50
     for epoch in common.progress(range(epochs), desc="training", unit="epoch"):
         # One epoch of warm-up at 1e-5, then half a cosine from lr to almost 0.
         decay = (1 + math.cos(math.pi * (epoch - 1) / epochs)) / 2

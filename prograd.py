@@ -74,9 +74,9 @@ class Prompt(torch.nn.Module):
 
 
 def initial_context(run):
-    """Return the context before training: zeros, then the words of ProGrad's template (or of
-    --ctx-init). As in the authors' code it takes as many tokens as there are words: of the 9 tokens
-    of "a type of pet, a photo of a", with its comma, "a" is left over, frozen before the name."""
+    """Return the context before training: zeros, then the words of the template or --ctx-init. As
+    in the authors' code it takes one token per word. A comma is a token, too: the last of the 9
+    tokens of "a type of pet, a photo of a" is left over. It stays frozen before the name."""
     copies = [len(run.classes)] if run.args.class_specific else []
     words = run.args.ctx_init or run.data.prograd_template.split("{}")[0]
     words, left_over = common.embed(run.clip, words).tensor_split([len(words.split())])
@@ -86,7 +86,7 @@ def initial_context(run):
 
 
 def project(g_d, g_g, lambda_):
-    """Return G_d; in a conflict, less lambda times its component along G_g. Shaped as v."""
+    """Return G_d; in a conflict, less lambda times its component along G_g. Dot: over all of v."""
     dot = (g_d * g_g).sum()
     return torch.where(dot < 0, g_d - lambda_ * dot / (g_g * g_g).sum() * g_g, g_d)
 
@@ -96,7 +96,7 @@ def train(prompt, run):
     clip, args = run.clip, run.args
     names = common.name_embeddings(clip, run.classnames)
     optimizer = torch.optim.SGD(prompt.parameters(), args.lr, momentum=0.9, weight_decay=5e-4)
-    epochs = args.epochs or common.default_epochs(run)  # 50, 100 or 200 for 1, 2 to 7, 8+ shots
+    epochs = args.epochs or common.default_epochs(run)  # 50/100/200 for 1/2-7/8+ shots; ImageNet 50
     w_zs = common.template_features(clip, run.data.prograd_template, run.classnames)    # (C, D)
     for epoch in common.progress(range(epochs), desc="training", unit="epoch"):
         # One epoch of warm-up at 1e-5, then half a cosine from lr to almost 0.

@@ -77,14 +77,17 @@ class Prompt(torch.nn.Module):
         self.clip = clip                                # no Module: none of its weights is trained
         check(clip, args)
         blocks = min(len(text_blocks(clip)), len(image_blocks(clip)))
-        depth, n = min(args.depth, blocks), args.n_ctx
+        depth = min(args.depth, blocks)
+        n = args.n_ctx
         self.words = common.embed(clip, args.ctx_init)                      # (words, W_t)
         width_t, width_i = self.words.shape[1], clip.model.visual.conv1.out_channels
         text = [self.words[:n].cpu().clone()]
         text += [0.02 * torch.randn(n, width_t) for _ in range(depth - 1)]
         image = [0.02 * torch.randn(n, width_i) for _ in range(depth)]
-        text, image = (text if args.towers != "vision" else [],
-                       image if args.towers != "text" else [])
+        if args.towers == "vision":
+            text = []
+        if args.towers == "text":
+            image = []
         self.text_prompts = torch.nn.ParameterList(text)
         self.image_prompts = torch.nn.ParameterList(image)
         self.register_buffer("blend", torch.tensor(args.blend).expand(2).clone())   # (text, image)
@@ -219,7 +222,9 @@ def text_states(prompt, run, prompts):
 
 
 def measure(prompt, run):
-    """Return the shift of both encoders by block, and its mean gap: the paper's diagnostic."""
+    """Return the shift of both encoders by block, and its mean gap: the paper's diagnostic.
+
+    On the training images without augmentation."""
     shift_t = feature_shift(text_states(prompt, run, prompt.text()), text_states(prompt, run, []))
     shift_i = feature_shift(image_states(prompt, run, prompt.image()),
                             image_states(prompt, run, [], cache=run.args.cache))
@@ -260,7 +265,8 @@ def train(prompt, run):
             optimizer.step()
             run.log(epoch, loss=loss, lr=lr, consistency=l_fs, shift_text=shift_t,
                     shift_vision=shift_i)
-        if epoch == epochs // 3 < epochs - 1:           # by the mean shifts of this epoch's steps
+        # By the mean shifts of this epoch's steps; never after the last update.
+        if epoch == epochs // 3 < epochs - 1:
             history = run.history()
             prompt.raise_blends(torch.tensor(history["shift_text"][-1]),
                                 torch.tensor(history["shift_vision"][-1]))

@@ -5,6 +5,7 @@ import os
 from data.errors import Problem
 from data.results import records
 
+
 def flags(args):
     """Raise Problem where flags do not go together, or where a run could not write its results."""
     if len(set(args.transfer)) < len(args.transfer) or set(args.transfer) & set(args.dataset):

@@ -30,6 +30,12 @@ def root(tmp_path_factory):
     return tmp_path_factory.mktemp("data")
 
 
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch):
+    """Run every test in a folder of its own: what a user has in runs/ does not matter."""
+    monkeypatch.chdir(tmp_path)
+
+
 @pytest.fixture
 def cli(root, tmp_path, monkeypatch, capfd):
     """Run a script's main() as `python METHOD.py FLAGS`: its status, out, err and records.

@@ -142,6 +142,7 @@ def test_places_where_nothing_can_be_written_are_found_first(files, flag, monkey
     for place in (files, files / "link", files / "pipe", files / "text/new"):
         with pytest.raises(Problem, match=f"{flag} {place}: "):
             common.parse(coop.flags(), [flag, str(place)])
+    monkeypatch.chdir("/")     # not below `files`; nothing is written
     monkeypatch.setattr(os, "access", lambda place, mode: str(files) not in str(place))
     for place in (files / KINDS[flag], files / "new"):
         with pytest.raises(Problem, match=f"{flag} {place}: cannot write there"):
