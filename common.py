@@ -12,7 +12,8 @@ vectors, L tokens, W the width of the text encoder, D the dimension of the featu
 
 import sys
 
-from data.errors import Parser, Problem, number, nonempty, one_line_errors, several
+from data.errors import (       # noqa: F401  the scripts use them, too
+    Parser, Problem, count, counts, nonempty, nonnegative, one_line_errors, positive, whole, wholes)
 
 if __name__ == "__main__":      # python common.py: tables of recorded runs, without importing torch
     from data.results import tables
@@ -39,8 +40,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 from torchvision.transforms import (
-    CenterCrop, Compose, InterpolationMode, PILToTensor, RandomHorizontalFlip, RandomResizedCrop,
-    Resize)
+    Compose, InterpolationMode, PILToTensor, RandomHorizontalFlip, RandomResizedCrop)
 from tqdm import tqdm
 
 from data import checks, features, weights
@@ -62,7 +62,6 @@ def flags(doc, lr, batch_size, n_ctx, embedded_lr=None):
                allow_abbrev=False)
     p.learning_rates = lr, embedded_lr or lr
     also = f"; embedded data: {embedded_lr}" if embedded_lr else ""
-    count, whole = number(int, 1, low_ok=True), number(int, 0, low_ok=True)
 
     add = p.add_argument_group("data and CLIP").add_argument
     add("--dataset", type=dataset_names, metavar="NAME,...",
@@ -71,8 +70,6 @@ def flags(doc, lr, batch_size, n_ctx, embedded_lr=None):
         help="where data sets are, laid out as CoOp's users have them (data/sets)")
     add("--template", type=check_template, metavar="TEXT",
         help="hand-crafted prompt, {} for the class name; several, separated by |, are averaged")
-    add("--skip-unreadable", action="store_true",
-        help="leave out images that cannot be read, and say how many")
     add("--test-images", type=count, metavar="N",
         help="test on a random sample of N images, equally many of each class (all)")
     add("--validation", action="store_true",
@@ -88,15 +85,15 @@ def flags(doc, lr, batch_size, n_ctx, embedded_lr=None):
         help="classes per pass of the text encoder: fewer, less memory (cpu: 128, cuda: 1024)")
 
     add = p.add_argument_group("training").add_argument
-    add("--shots", type=several(count), default=[4], metavar="N,...",
+    add("--shots", type=counts, default=[4], metavar="N,...",
         help="training images per class (4)")
-    add("--seeds", type=several(whole), default=[1], metavar="N,...", help="a run for each (1)")
+    add("--seeds", type=wholes, default=[1], metavar="N,...", help="a run for each (1)")
     add("--epochs", type=count, metavar="N",
         help="passes over the training images (see the script)")
-    add("--lr", type=number(), help=f"learning rate ({lr}{also})")
+    add("--lr", type=positive, help=f"learning rate ({lr}{also})")
     add("--batch-size", type=count, default=batch_size, metavar="N",
         help=f"training images per step ({batch_size})")
-    add("--views", type=number(int, 0, 2**20, low_ok=True), default=10, metavar="N",
+    add("--views", type=whole, default=10, metavar="N",
         help="random crops encoded once per training image; 0: new ones every epoch (10)")
     add("--n-ctx", type=count, default=n_ctx, metavar="N",
         help=f"learned context tokens ({n_ctx})")
@@ -113,9 +110,7 @@ def flags(doc, lr, batch_size, n_ctx, embedded_lr=None):
     add = p.add_argument_group("output").add_argument
     add("--out", type=nonempty, default="runs/results.jsonl", metavar="FILE",
         help="a line of results is added here for every run (runs/results.jsonl)")
-    add("--again", action="store_true", help="repeat runs that --out has already")
-    add("--save", type=nonempty, metavar="FILE",
-        help="save the prompt; of several runs: 'ctx-{dataset}-{shots}-{seed}.safetensors'")
+    add("--save", type=nonempty, metavar="FILE", help="save the prompt of a single run")
     add("--export", type=nonempty, metavar="FILE",
         help="write the run, to repeat it in another framework (data/results/export.py)")
     add("--cache", type=nonempty, metavar="DIR",
@@ -146,10 +141,10 @@ def parse(parser, argv=None):
     args.typed = typed
     args.defaults = {action.dest: action.default for action in parser._actions}
     args.cache = args.cache or os.path.join(args.data_root, "cache")
+    args.origin = records.read_origin(args.load) if args.load else None
+    if args.origin:
+        take_from(args, args.origin)
     args.dataset = args.dataset or ["shapes"]
-    if args.load:
-        first = records.fill(args.load, args.shots[0], args.seeds[0], args.dataset[0])
-        take_from(args, records.read_origin(first))
     checks.flags(args)
     return args
 
@@ -158,19 +153,19 @@ def take_from(args, origin):
     """Take a saved prompt's data set, CLIP and training flags from where it comes from.
 
     Raises Problem where a flag that was typed contradicts them."""
-    elsewhere = "dataset" in args.typed     # another data set has its own template
-    for name in ("backbone", "pretrained"):
-        if name not in args.typed:
-            setattr(args, name, origin[name])
-    if not elsewhere:
-        args.dataset = [origin["dataset"]]
-    for name, value in origin["flags"].items():
-        if name in args.typed:
-            if args.typed[name] != value and name not in records.OF_A_TEST:
-                raise Problem(f"--load {args.load}: was trained with --{name.replace('_', '-')} "
-                              f"{value}, not {args.typed[name]}")
-        elif name not in records.OF_A_TEST or name == "template" and not elsewhere:
-            setattr(args, name, value)
+    trained = {"shots": [origin["shots"]], "seeds": [origin["seed"]], **origin["flags"]}
+    free = {"dataset": [origin["dataset"]], "backbone": origin["backbone"],
+            "pretrained": origin["pretrained"]}
+    for name in records.OF_A_TEST:
+        trained.pop(name)
+    if "dataset" not in args.typed:         # another data set has its own template
+        free["template"] = origin["flags"]["template"]
+    for name, value in trained.items():
+        if args.typed.get(name, value) != value:
+            raise Problem(f"--load {args.load}: was trained with --{name.replace('_', '-')} "
+                          f"{value}, not {args.typed[name]}")
+    for name, value in {**free, **trained, **args.typed}.items():
+        setattr(args, name, value)
 
 
 def settle(args, parser, dataset):
@@ -216,7 +211,7 @@ def runs(script, parser, argv=None):
                     run.title += f", run {mine.index(run.job) + 1} of {len(mine)}"
                 run.errors = note_failure(run.title, failed, len(mine) > 1)
                 if run.id in done or recorded(run):
-                    print(f"{run.title}: already in {args.out}; --again repeats it")
+                    print(f"{run.title}: already in {args.out}; another --out repeats it")
                 else:
                     torch.manual_seed(run.seed)
                     yield run
@@ -256,52 +251,49 @@ def share(jobs):
 
 def runs_on(dataset, jobs, script, args):
     """Yield the Runs on one data set: load and check everything, encode nothing yet."""
-    method, template = Path(script).stem, args.template
-    code = records.code_digest(script, *records.COMPUTING)
-    names = [dataset, *args.transfer]
-    asked = {"dataset", "transfer", "base_to_new"} & {*args.typed}
-    if args.load and args.predict and not asked:
-        origin = records.read_origin(records.fill(args.load, *jobs[0][1:], dataset))
+    method, origin = Path(script).stem, args.origin
+    if origin and args.predict and not {"dataset", "transfer", "base_to_new"} & {*args.typed}:
         classnames, template = [name for _, name in origin["classes"]], origin["template"]
-        sets = [Data(dataset, classnames, template, template, [], [], [])]   # needs no images
+        sets = [Data(dataset, classnames, template, template)]      # needs no images
     else:
-        sets = [load_data(name, args.data_root, None if k else template, args.skip_unreadable)
-                for k, name in enumerate(names)]
+        sets = [load_data(name, args.data_root, None if k else args.template)
+                for k, name in enumerate([dataset, *args.transfer])]
         sets = [choose_tests(some, args.validation, args.test_images) for some in sets]
         checks.protocol(sets[0], args)
     data, *others = sets
     clip = load_clip(args.backbone, args.pretrained, args.device, args.precision,
-                     args.class_chunk, "backbone" in args.typed or bool(args.load))
+                     args.class_chunk, "backbone" in args.typed or bool(origin))
     checks.names(clip, args, sets)
-    parts = make_parts(data, others, args.base_to_new)
-    identities = {some.name: records.data_identity(some, contents(some.test, args))
-                  for some in sets}
+    if origin:
+        checks.origin(args, method, clip.weights, data)
+    trained, tested = ("base", ("base", "new")) if args.base_to_new else ("all", ("all classes",))
+    parts = [Part(which, data, *choose(data, data.test, which)) for which in tested]
+    parts += [Part(other.name, other, *choose(other, other.test), True) for other in others]
+    contents = {some.name: digest_files(some.test, args) for some in sets}
+    identities = {some.name: records.data_identity(some, contents[some.name]) for some in sets}
+    code = records.code_digest(script, *records.COMPUTING)
     most = max(Counter(item.label for item in data.train).values(), default=0)
     for job in jobs:
         _, shots, seed = job
-        file = records.fill(args.load or "", shots, seed, dataset)
-        origin, items, classes = None, [], list(enumerate(data.classnames))
-        if file:
-            origin = records.read_origin(file)
-            checks.origin(origin, file, job, method, clip, args, data)
-            shots, seed = origin["shots"], origin["seed"]
-            classes = [tuple(pair) for pair in origin["classes"]]
+        if origin:
+            sample, classes = [], [tuple(pair) for pair in origin["classes"]]
         else:
             if shots > most:
                 print(f"{dataset}: no class has {shots} training images; using the {most} it has")
                 shots = most
-            items = few_shot(data.train, shots, seed)
-            if args.base_to_new:
-                items, _ = half(items, data.classnames, new=False)
-                classes = classes[:math.ceil(len(classes) / 2)]
-        yield Run(job, method, code, args, clip, data, shots, seed, items, classes, parts,
-                  identities, file, origin)
+            sample, classes = choose(data, few_shot(data.train, shots, seed), trained)
+        learned = digest_files(sample, args)
+        known = len({*learned} & {*contents[dataset]})
+        if data.own and known:
+            print(f"{dataset}: {known} of the training images are test images as well")
+        yield Run(job, method, code, args, clip, data, shots, seed, sample, classes, parts,
+                  identities, learned)
 
 
 def recorded(run):
     """Whether --out holds this run, with all targets of --transfer on the same images."""
     args = run.args
-    if args.again or args.save or args.export or args.predict:
+    if args.save or args.export or args.predict:
         return False
     wanted = {part.name: run.identities[part.name] for part in run.parts if part.transfer}
     for record in records.read(args.out)[0]:
@@ -326,10 +318,10 @@ class Clip:
     device: str
     amp: bool                   # whether prompts are trained under autocast to bf16
     class_chunk: int
+    name: str                   # of the backbone, as recorded
+    activation: str
     weights: str                # digest of weights, architecture and activation
     image_key: str              # digest of all that image features depend on beside the image
-    activation: str = ""
-    name: str = ""              # of the backbone, as recorded
 
     def autocast(self):
         """Return the context for the text encoder: bf16 on a GPU that has it, else fp32."""
@@ -359,24 +351,17 @@ def load_clip(backbone=f"local-dir:{TINY_CLIP}", pretrained="", device="cpu", pr
 
     Raises Problem if there is no such model, no weights, or a text encoder that is not CLIP's."""
     torch.manual_seed(0)                                        # of --pretrained random
-    model, transform, tokenizer, activation = weights.create(backbone, pretrained, chosen)
-    text = weights.text_encoder(model)
-    if text.positional_embedding.shape[1] < 256 and "OMP_NUM_THREADS" not in os.environ:
+    found = weights.create(backbone, pretrained, chosen)
+    if found["text"].positional_embedding.shape[1] < 256 and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)    # threads gain nothing on matrices so small, and wait actively
     if device == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
         torch.backends.cudnn.allow_tf32 = False     # fp32 is fp32 in convolutions, too
-    dtype = feature_dtype(device, precision)
-    digest = records.digest(features.tensor_digest(model.state_dict()),
-                            features.image_key(model.visual), activation)
-    model = model.to(device)
+    model, dtype = found["model"].to(device), feature_dtype(device, precision)
     visual = model.visual if dtype == torch.float32 else copy.deepcopy(model.visual).to(dtype)
-    resize = [t for t in transform.transforms if isinstance(t, (Resize, CenterCrop))]
-    preprocess = Compose([*resize, PILToTensor()])
-    key = records.digest(features.image_key(model.visual, transform), str(dtype))
-    return Clip(model, text, visual, dtype, tokenizer, preprocess, model.logit_scale.exp().item(),
-                device, device == "cuda" and dtype == torch.bfloat16, class_chunk, digest[:8], key,
-                activation, backbone_name(backbone))
+    return Clip(visual=visual, dtype=dtype, logit_scale=model.logit_scale.exp().item(),
+                device=device, amp=device == "cuda" and dtype == torch.bfloat16,
+                class_chunk=class_chunk, name=backbone_name(backbone), **found)
 
 
 def feature_dtype(device, precision):
@@ -414,12 +399,16 @@ def few_shot(items, shots, seed):
     return sample
 
 
-def half(items, classnames, new):
-    """Return the items and names of the base (first ceil(C/2)) or new classes, labels from 0."""
-    m = math.ceil(len(classnames) / 2)
-    keep = range(m, len(classnames)) if new else range(m)
-    items = [item._replace(label=item.label - keep.start) for item in items if item.label in keep]
-    return items, [classnames[k] for k in keep]
+def choose(data, items, which="all"):
+    """Return those of a data set's items that belong to "base", "new" or all classes, and these.
+
+    Base classes are the first ceil(C / 2). Items: labels from 0; classes: [(label, name)]."""
+    classes = list(enumerate(data.classnames))
+    m = math.ceil(len(classes) / 2)
+    classes = {"base": classes[:m], "new": classes[m:]}.get(which, classes)
+    places = {label: k for k, (label, _) in enumerate(classes)}
+    items = [item._replace(label=places[item.label]) for item in items if item.label in places]
+    return items, classes
 
 
 def choose_tests(data, validation, count):
@@ -438,7 +427,7 @@ def choose_tests(data, validation, count):
 
 # ---------------------------------------------------------------- image features
 
-def contents(items, args):
+def digest_files(items, args):
     """Return the digests of the items' image files."""
     return features.digest_files([str(item.path) for item in items], args.cache)
 
@@ -455,61 +444,23 @@ def encode_images(clip, data, items, cache=None, views=None, encode=None, kind="
     paths, each = [str(item.path) for item in items], views or [0]
     transform = clip.augment if views else clip.preprocess
     encode = encode or clip.encode_image
+    files = features.digest_files(paths, cache) if cache else paths
+    # Two images may be the same: then one of them is encoded.
+    rows = dict(zip(itertools.product(files, each), itertools.product(paths, each)))
     # Batches of one size, the last one filled up: else the last bits of an image's features would
     # depend on the other images of its batch.
     size = 128 if clip.device == "cuda" else 8
-    every = 16 if clip.device == "cuda" else 1      # batches between two copies to the host
-    files = features.digest_files(paths, cache) if cache else paths
-    names = [(file, view) for file in files for view in each]
-    key = (clip.image_key, kind, data.own, bool(views))
-    with features.Store(cache, key) as store:
-        rows = store.find(names)
-        todo, wanted = {}, []                       # the views of each image that are not there yet
-        for name, (path, view) in zip(names, itertools.product(paths, each)):
-            if name not in rows:
-                rows[name] = None                   # two images may be the same: encode one
-                todo.setdefault(path, []).append(view)
-                wanted.append(name)
-        batches = features.load_pixels([*todo], transform, [*todo.values()], size, clip.device,
-                                       data.own)
-        waiting, done, start = [], 0, time.time()
-        with progress(desc="encoding images", unit="image", delay=0.5, total=len(wanted)) as bar:
-            for images in batches:
-                n = len(images)
-                images = F.pad(images, (0, 0) * 3 + (0, size - n))              # (size, 3, H, W)
-                waiting.append(encode(clip.pixels(images))[:n])                 # (n, ...)
-                bar.update(n)
-                if len(waiting) >= every:
-                    done += keep(store, rows, wanted[done:], waiting)
-                    start = announce(start, done, len(wanted), cache)
-            done += keep(store, rows, wanted[done:], waiting)
-    found = torch.stack([rows[name] for name in names])
+    key = clip.image_key, str(clip.dtype), kind, data.own, bool(views)
+    with features.Store(cache, key, list(itertools.product(files, each))) as store:
+        todo = [rows[name] for name in store.missing]
+        batches = features.load_pixels(todo, transform, size, clip.device, data.own)
+        for images in progress(batches, desc="encoding images", unit=" images", delay=0.5,
+                               total=math.ceil(len(todo) / size), unit_scale=size):
+            n = len(images)
+            images = F.pad(images, (0, 0) * 3 + (0, size - n))              # (size, 3, H, W)
+            store.add(encode(clip.pixels(images))[:n].float())              # (n, ...)
+    found = store.rows()
     return found.unflatten(0, (len(paths), -1)) if views else found
-
-
-def keep(store, rows, names, waiting):
-    """Move encoded batches to the store and to `rows`, {name: row}; return how many rows."""
-    if not waiting:
-        return 0
-    new = torch.cat(waiting).float().cpu()
-    store.add(names[:len(new)], new)
-    rows.update(zip(names, new))
-    waiting.clear()
-    return len(new)
-
-
-def announce(start, done, total, cache):
-    """Say once, after ten seconds, if an encoding will take more than two minutes.
-
-    Returns `start`, or None after that."""
-    if start is None or time.time() - start < 10:
-        return start
-    minutes = (total - done) * (time.time() - start) / done / 60
-    if minutes > 2:
-        kept = f", once: features are kept in {cache}" * bool(cache)
-        print(f"encoding {total} images takes about {math.ceil(minutes)} minutes{kept}; quicker: "
-              "--precision amp where the processor has bf16, --test-images N", flush=True)
-    return None
 
 
 # ---------------------------------------------------------------- prompts to class features
@@ -677,19 +628,6 @@ class Part:
         return [name for _, name in self.classes]
 
 
-def make_parts(data, others, base_to_new):
-    """Return the Parts of a run: all classes, or base and new ones; then the other data sets."""
-    parts = []
-    for name, new in (("base", False), ("new", True)) if base_to_new else ():
-        items, _ = half(data.test, data.classnames, new)
-        m = math.ceil(len(data.classnames) / 2)
-        classes = list(enumerate(data.classnames))
-        parts.append(Part(name, data, items, classes[m:] if new else classes[:m]))
-    parts = parts or [Part("all classes", data, data.test, list(enumerate(data.classnames)))]
-    return parts + [Part(other.name, other, other.test, list(enumerate(other.classnames)), True)
-                    for other in others]
-
-
 @dataclass
 class Run:
     """One training and evaluation: a method on a data set, a number of shots, a seed."""
@@ -705,38 +643,32 @@ class Run:
     classes: list                   # [(label, name)] of the classes that the prompt is trained on
     parts: list                     # of Part; shared by the runs on this data set
     identities: dict                # {data set: digest}, see data/results/records.py
-    file: str = ""                  # of --load
-    origin: dict = None             # of the prompt in this file
+    contents: list                  # digests of the sample's image files
     features: torch.Tensor = None   # f(x) of the sample's augmented views, (N, V, D)
     logged: dict = field(default_factory=dict)
     errors: object = field(default_factory=contextlib.nullcontext)  # around the work of this run
 
     def __post_init__(self):
+        args, clip, origin = self.args, self.clip, self.args.origin or {}
         self.classnames = [name for _, name in self.classes]
-        self.labels = torch.tensor([item.label for item in self.items], device=self.clip.device)
-        self.protocol = "base-to-new" if self.args.base_to_new else "few-shot"
-        self.title = f"{self.data.name}, {report.shots_in_words(self.shots)}, seed {self.seed}"
-        if self.file:
-            self.title += f", prompt of {self.file}"
+        self.template = origin.get("template", self.data.template)      # of the prompt
+        self.labels = torch.tensor([item.label for item in self.items], device=clip.device)
+        self.protocol = "base-to-new" if args.base_to_new else "few-shot"
+        self.title = f"{self.data.name}, {self.shots}-shot, seed {self.seed}"
+        if origin:
+            self.title += f", prompt of {args.load}"
         self.setting = records.digest(
-            self.method, self.code, self.clip.weights,
-            f"{self.clip.dtype} {self.clip.amp}", self.protocol,
-            records.flags_that_matter(self.args),
-            self.origin and [self.origin[name] for name in ("setting", "dataset", "data")])
-        sample = [[content.hex(), item.label]
-                  for content, item in zip(contents(self.items, self.args), self.items)]
-        self.id = records.digest(self.setting, self.identities[self.data.name], self.shots,
-                                 self.seed, sample, self.origin and self.origin["tensors"])
+            self.method, self.code, clip.weights, clip.dtype, clip.amp, self.protocol,
+            records.flags_that_matter(args),
+            [origin.get(name) for name in ("setting", "dataset", "data", "tensors")])
+        self.id = records.digest(
+            self.setting, self.identities[self.data.name], self.shots, self.seed, self.contents,
+            [item.label for item in self.items])
 
     def device_name(self):
         """Return the device for the record."""
         cuda = self.clip.device == "cuda"
         return torch.cuda.get_device_name() if cuda else platform.machine()
-
-    @property
-    def template(self):
-        """The template that belongs to the prompt: the data set's, or that of the loaded file."""
-        return self.origin["template"] if self.origin else self.data.template
 
     # ------------------------------------------------ before the training
 
@@ -758,7 +690,7 @@ class Run:
                 if not (f.isfinite().all() and part.zero_shot.isfinite().all()):
                     raise Problem(f"--backbone {args.backbone} {args.pretrained}: its features are "
                                   "not finite, so its weights cannot be right")
-        if self.file:
+        if args.load:
             self.load(prompt)
         elif not hasattr(prompt, "image_features"):
             views = list(range(args.views))
@@ -773,17 +705,16 @@ class Run:
 
     def load(self, prompt):
         """Fill a prompt with the tensors of --load. Raises Problem if they do not fit."""
-        tensors = features.read_whole(self.file, "--load")
-        if features.tensor_digest(tensors) != self.origin["tensors"]:
-            raise Problem(f"--load {self.file}: is damaged: its tensors have changed")
+        file, tensors = self.args.load, features.read_whole(self.args.load, "--load")
+        if features.tensor_digest(tensors) != self.args.origin["tensors"]:
+            raise Problem(f"--load {file}: is damaged: its tensors have changed")
         for name, buffer in prompt.named_buffers():     # may have another length in the file
             if name in tensors and buffer.shape[1:] == tensors[name].shape[1:]:
                 setattr(prompt, name, tensors[name].to(buffer))
-        wanted = {name: (tuple(t.shape), t.dtype) for name, t in prompt.state_dict().items()}
-        found = {name: (tuple(t.shape), t.dtype) for name, t in tensors.items()}
+        found, wanted = ({name: (tuple(t.shape), t.dtype) for name, t in state.items()}
+                         for state in (tensors, prompt.state_dict()))
         if wanted != found:
-            raise Problem(f"--load {self.file}: holds {found}; these flags and classes ask for "
-                          f"{wanted}")
+            raise Problem(f"--load {file}: holds {found}; these flags and classes ask for {wanted}")
         prompt.load_state_dict(tensors)
 
     # ------------------------------------------------ batches
@@ -814,10 +745,10 @@ class Run:
 
         For a method that changes the image encoder."""
         plan = self.plan(epoch)
-        paths = [str(self.items[row].path) for rows, _ in plan for row in rows]
-        views = [[int(view) if self.args.views else epoch] for _, some in plan for view in some]
-        loader = features.load_pixels(paths, self.clip.augment, views,
-                                      len(plan[0][0]), self.clip.device, self.data.own)
+        rows = [(str(self.items[row].path), int(view) if self.args.views else epoch)
+                for batch in plan for row, view in zip(*batch)]
+        loader = features.load_pixels(rows, self.clip.augment, len(plan[0][0]), self.clip.device,
+                                      self.data.own)
         for (rows, some), images in zip(plan, loader):
             yield self.clip.pixels(images), self.labels[rows.to(self.labels.device)], rows, some
 
@@ -837,8 +768,8 @@ class Run:
         epoch, losses = next(reversed(self.logged.get("loss", {}).items()), (0, [torch.zeros(())]))
         losses = torch.stack(losses)
         if not all(tensor.isfinite().all() for tensor in (losses, *tensors)):
-            if self.file:
-                raise Problem(f"--load {self.file}: its numbers or features are not finite")
+            if self.args.load:
+                raise Problem(f"--load {self.args.load}: its numbers or features are not finite")
             raise Problem(f"the training failed in epoch {epoch + 1}, with loss {losses.mean():g}: "
                           f"try a smaller --lr than {self.args.lr:g}")
 
@@ -903,9 +834,8 @@ class Run:
 
     def save(self, prompt):
         """Write the prompt to --save, with where it comes from."""
-        tensors = prompt.state_dict()
+        tensors, file = prompt.state_dict(), self.args.save
         origin = records.origin_of(self, features.tensor_digest(tensors))
-        file = records.fill(self.args.save, self.job[1], self.job[2], self.data.name)
         features.write_whole(file, tensors, {"kind": "prompt", "origin": json.dumps(origin)})
         print(f"{self.title}: saved in {file}")
 

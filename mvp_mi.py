@@ -177,16 +177,15 @@ def flags():
                         help="learn one context per class; it cannot be used with new classes")
     parser.add_argument("--position", choices=["end", "middle", "front"], default="end",
                         help="of the class name in the prompt (end)")
-    weight = common.number(low_ok=True)
-    parser.add_argument("--mi-weight", type=weight, default=1.0, metavar="LAMBDA",
+    parser.add_argument("--mi-weight", type=common.nonnegative, default=1.0, metavar="LAMBDA",
                         help="of the mutual information of the two views (1)")
-    parser.add_argument("--image-weight", type=weight, default=1.0, metavar="MU",
+    parser.add_argument("--image-weight", type=common.nonnegative, default=1.0, metavar="MU",
                         help="of the mutual information of mixed images and the learned view (1)")
-    parser.add_argument("--mi-temperature", type=common.number(), default=0.07, metavar="T",
+    parser.add_argument("--mi-temperature", type=common.positive, default=0.07, metavar="T",
                         help="of the critic, at the start (0.07)")
     parser.add_argument("--critic", choices=["learned", "cosine"], default="learned",
                         help="a learned critic, or one that stays at its start (learned)")
-    parser.add_argument("--augment", type=common.number(int, 0, low_ok=True), default=2,
+    parser.add_argument("--augment", type=common.whole, default=2,
                         metavar="K", help="mixed features per class and batch (2)")
     parser.add_argument("--classifier", choices=["seen", "soft", "mean"], default="seen",
                         help="w (soft), mean of w and h (mean), or w for trained classes and the "

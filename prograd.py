@@ -129,7 +129,7 @@ def flags():
                         help="learn one context per class; it cannot be used with new classes")
     parser.add_argument("--position", choices=["end", "middle", "front"], default="end",
                         help="of the class name in the prompt (end)")
-    parser.add_argument("--projection", type=common.number(low_ok=True), default=1.0,
+    parser.add_argument("--projection", type=common.nonnegative, default=1.0,
                         metavar="LAMBDA", help="share of a conflict that is removed (1)")
     return parser
 

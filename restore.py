@@ -55,55 +55,50 @@ import common
 
 
 class Surgery(torch.nn.Module):
-    """A(z) = z + down(QuickGELU(up(LN(z)))) of features z, (N, D)."""
+    """b A(z) + (1 - b) z, normalized, of features z, (N, D)."""
 
-    def __init__(self, dim):
+    def __init__(self, dim, b):
         super().__init__()
-        self.norm = torch.nn.LayerNorm(dim)
-        self.up, self.down = torch.nn.Linear(dim, 4 * dim), torch.nn.Linear(4 * dim, dim)
-        torch.nn.init.zeros_(self.down.weight)
-        torch.nn.init.zeros_(self.down.bias)
+        self.register_buffer("b", torch.tensor(b))      # raised once, but not by a gradient
+        self.used = b > 0
+        if self.used:
+            self.norm = torch.nn.LayerNorm(dim)
+            self.up, self.down = torch.nn.Linear(dim, 4 * dim), torch.nn.Linear(4 * dim, dim)
+            torch.nn.init.zeros_(self.down.weight)
+            torch.nn.init.zeros_(self.down.bias)
 
     def forward(self, z):
-        h = self.up(self.norm(z))
-        return z + self.down(h * torch.sigmoid(1.702 * h))
+        if self.used:
+            h = self.up(self.norm(z))
+            A = z + self.down(h * torch.sigmoid(1.702 * h))             # QuickGELU
+            z = self.b * A + (1 - self.b) * z
+        return F.normalize(z.float(), dim=-1)
 
 
 class Prompt(torch.nn.Module):
-    """The prompts P and Q, and the surgery blocks with their blends."""
+    """The prompts P and Q, and the surgery blocks."""
 
     def __init__(self, clip, args):
         super().__init__()
         self.clip = clip                                # no Module: none of its weights is trained
         check(clip, args)
-        blocks = min(len(text_blocks(clip)), len(image_blocks(clip)))
-        depth = min(args.depth, blocks)
-        n = args.n_ctx
+        visual, n = clip.model.visual, args.n_ctx
+        K = min(args.depth, len(text_blocks(clip)), len(image_blocks(clip)))
         self.words = common.embed(clip, args.ctx_init)                      # (words, W_t)
-        width_t, width_i = self.words.shape[1], clip.model.visual.conv1.out_channels
-        text = [self.words[:n].cpu().clone()]
-        text += [0.02 * torch.randn(n, width_t) for _ in range(depth - 1)]
-        image = [0.02 * torch.randn(n, width_i) for _ in range(depth)]
-        if args.towers == "vision":
-            text = []
-        if args.towers == "text":
-            image = []
-        self.text_prompts = torch.nn.ParameterList(text)
-        self.image_prompts = torch.nn.ParameterList(image)
-        self.register_buffer("blend", torch.tensor(args.blend).expand(2).clone())   # (text, image)
-        dim = clip.model.visual.output_dim
+        width_t, width_i = self.words.shape[1], visual.conv1.out_channels
+        P = [self.words[:n].cpu().clone()] + [0.02 * torch.randn(n, width_t) for _ in range(K - 1)]
+        Q = [0.02 * torch.randn(n, width_i) for _ in range(K)]
+        self.P = torch.nn.ParameterList(P if args.towers != "vision" else [])
+        self.Q = torch.nn.ParameterList(Q if args.towers != "text" else [])
         # An encoder without prompts does not move, and has no surgery (ours).
-        self.text_surgery = Surgery(dim) if self.blend[0] and text else None
-        self.image_surgery = Surgery(dim) if self.blend[1] and image else None
+        b_t, b_i = torch.tensor(args.blend).expand(2).tolist()
+        self.text_surgery = Surgery(visual.output_dim, b_t if len(self.P) else 0.0)
+        self.image_surgery = Surgery(visual.output_dim, b_i if len(self.Q) else 0.0)
         self.to(clip.device)
 
-    def text(self):
-        """Return P, K tensors (n, W_t)."""
-        return list(self.text_prompts)
-
-    def image(self):
+    def image_prompts(self):
         """Return Q, K tensors (n, W_i)."""
-        return list(self.image_prompts)
+        return self.Q
 
     def encode_text(self, names, prompts):
         """Return t_c, (C, D), and the end token's state after every block, (C, blocks, W_t)."""
@@ -143,25 +138,14 @@ class Prompt(torch.nn.Module):
             states.append(x[:, 0])                                          # (B, W_i)
         return visual.ln_post(states[-1]) @ visual.proj, torch.stack(states, 1)
 
-    def operate(self, z, surgery, blend):
-        """Return b A(z) + (1 - b) z, normalized, of features z, (N, D)."""
-        z = blend * surgery(z) + (1 - blend) * z if surgery else z
-        return F.normalize(z.float(), dim=-1)
-
-    def operate_text(self, t):
-        return self.operate(t, self.text_surgery, self.blend[0])
-
-    def operate_image(self, i):
-        return self.operate(i, self.image_surgery, self.blend[1])
-
     def class_features(self, part):
         """Return the class features w_c of the classes of a test, (C, D)."""
         names = common.name_embeddings(self.clip, part.classnames)
-        return self.operate_text(self.encode_text(names, self.text())[0])
+        return self.text_surgery(self.encode_text(names, self.P)[0])
 
     def image_features(self, pixels):
         """Return the image features f(x) of test images, (B, D)."""
-        return self.operate_image(self.encode_image(pixels, self.image())[0])
+        return self.image_surgery(self.encode_image(pixels, self.image_prompts())[0])
 
     def consistency(self, shift_t, shift_i):
         """Return L_fs of the shifts of both encoders, (blocks_t,) and (blocks_i,)."""
@@ -171,7 +155,8 @@ class Prompt(torch.nn.Module):
     @torch.no_grad()
     def raise_blends(self, shift_t, shift_i):
         """Let the blends grow by 0.02 (text) and 0.005 (image) times the mean shift."""
-        self.blend += torch.stack([0.02 * shift_t.mean(), 0.005 * shift_i.mean()]).to(self.blend)
+        self.text_surgery.b += 0.02 * shift_t.mean()
+        self.image_surgery.b += 0.005 * shift_i.mean()
 
 
 def text_blocks(clip):
@@ -225,8 +210,8 @@ def measure(prompt, run):
     """Return the shift of both encoders by block, and its mean gap: the paper's diagnostic.
 
     On the training images without augmentation."""
-    shift_t = feature_shift(text_states(prompt, run, prompt.text()), text_states(prompt, run, []))
-    shift_i = feature_shift(image_states(prompt, run, prompt.image()),
+    shift_t = feature_shift(text_states(prompt, run, prompt.P), text_states(prompt, run, []))
+    shift_i = feature_shift(image_states(prompt, run, prompt.image_prompts()),
                             image_states(prompt, run, [], cache=run.args.cache))
     m = min(len(shift_t), len(shift_i))
     gap = (shift_i[-m:] - shift_t[-m:].cpu()).abs().mean().item()
@@ -252,9 +237,9 @@ def train(prompt, run):
         # is the only one. Each image appears as one of its ten random crops, drawn at random.
         for pixels, y, rows, crops in run.pixel_batches(epoch):     # (B, 3, H, W), (B,) three times
             with clip.autocast():                                   # bf16 on a GPU
-                t, s_t = prompt.encode_text(names, prompt.text())           # (C, D), states
-                i, s_i = prompt.encode_image(pixels, prompt.image())        # (B, D), states
-                w, f = prompt.operate_text(t), prompt.operate_image(i)
+                t, s_t = prompt.encode_text(names, prompt.P)                # (C, D), states
+                i, s_i = prompt.encode_image(pixels, prompt.image_prompts())    # (B, D), states
+                w, f = prompt.text_surgery(t), prompt.image_surgery(i)
             logits = clip.logit_scale * f @ w.T                             # (B, C)
             shift_t = feature_shift(s_t, text_0)                            # (blocks_t,)
             shift_i = feature_shift(s_i, image_0[rows, crops].to(s_i.device))
@@ -284,21 +269,21 @@ class Released(Prompt):
         super().__init__(clip, args)
         self.gram = args.shift == "gram"
         if args.prompts == "coupled":
-            width_t, width_i = self.text_prompts[0].shape[1], self.image_prompts[0].shape[1]
-            del self.image_prompts
+            width_t, width_i = self.P[0].shape[1], self.Q[0].shape[1]
+            del self.Q
             self.projections = torch.nn.ModuleList(
-                torch.nn.Linear(width_t, width_i) for _ in self.text_prompts).to(clip.device)
+                torch.nn.Linear(width_t, width_i) for _ in self.P).to(clip.device)
         self.gram_at_start = [norms.detach() for norms in self.gram_norms()]
 
-    def image(self):
+    def image_prompts(self):
         if hasattr(self, "projections"):
-            return [layer(p) for layer, p in zip(self.projections, self.text_prompts)]
-        return super().image()
+            return [layer(p) for layer, p in zip(self.projections, self.P)]
+        return self.Q
 
     def gram_norms(self):
         """Return |P_l P_l^T|_F and |Q_l Q_l^T|_F, l = 2 ... K (1 if K = 1), (K - 1,) each."""
-        encoders = [prompts[1:] or prompts for prompts in (self.text(), self.image())]
-        return [torch.stack([(p @ p.T).norm() for p in prompts]) for prompts in encoders]
+        encoders = [list(prompts) for prompts in (self.P, self.image_prompts())]
+        return [torch.stack([(p @ p.T).norm() for p in some[1:] or some]) for some in encoders]
 
     def consistency(self, shift_t, shift_i):
         if not self.gram:
@@ -312,7 +297,7 @@ class Released(Prompt):
 
 def blends(text):
     """An argparse type: one blend for both encoders, or the text's and the image's."""
-    both = common.several(common.number(low_ok=True))(text)
+    both = [common.nonnegative(part) for part in text.split(",")]
     if len(both) > 2:
         raise common.Problem(f"--blend {text}: wants one number, or the text's and the image's")
     return both if len(both) == 2 else both[0]
@@ -323,7 +308,7 @@ def flags():
     parser = common.flags(__doc__, lr=0.0035, batch_size=4, n_ctx=2, embedded_lr=0.0005)
     parser.add_argument("--ctx-init", type=common.words, default="a photo of a", metavar="WORDS",
                         help="stand before the name; --n-ctx of them are learned (a photo of a)")
-    parser.add_argument("--depth", type=common.number(int, 1, low_ok=True), default=9, metavar="K",
+    parser.add_argument("--depth", type=common.count, default=9, metavar="K",
                         help="blocks with prompts, from the first, or all there are (9)")
     parser.add_argument("--towers", choices=["both", "text", "vision"], default="both",
                         help="encoders in which prompts are learned (both)")
@@ -331,7 +316,7 @@ def flags():
                         help="image prompts of their own, or made from the text's (independent)")
     parser.add_argument("--shift", choices=["features", "gram"], default="features",
                         help="measured on features, or the released code's stand-in (features)")
-    parser.add_argument("--shift-weight", type=common.number(low_ok=True), default=10.0,
+    parser.add_argument("--shift-weight", type=common.nonnegative, default=10.0,
                         metavar="GAMMA", help="of the consistency loss; 0: off (10)")
     parser.add_argument("--blend", type=blends, default=0.1, metavar="B[,B]",
                         help="of the surgery at the start, or text's,image's; 0: none (0.1)")

@@ -15,27 +15,25 @@ def flags(args):
                       "no --base-to-new, no --transfer")
     if {"n_ctx", "ctx_init"} <= {*args.typed} and not args.defaults["ctx_init"] and not args.load:
         raise Problem("--n-ctx beside --ctx-init: the words decide how many tokens are learned")
-    if args.save and args.load:
-        raise Problem("--save beside --load: the prompt is saved already")
+    if args.views > 1000:
+        raise Problem(f"--views {args.views}: wants at most 1000")
     runs = [(dataset, shots, seed) for dataset in args.dataset for shots in args.shots
             for seed in args.seeds]
     if len(set(runs)) < len(runs):
         raise Problem("--dataset, --shots or --seeds name something twice")
-    if args.export and (len(runs) > 1 or args.load or not args.views):
-        raise Problem("--export: wants a single run, one that trains, and --views above 0")
-    saved = [records.fill(args.save, shots, seed, dataset) for dataset, shots, seed in runs
-             if args.save]
-    if len(set(saved)) < len(saved) or any(set("{}") & set(file) for file in saved):
-        raise Problem(f"--save {args.save}: several runs need {{dataset}}, {{shots}} or {{seed}} "
-                      "in the name, which are filled in")
-    files = [args.out, *saved, *filter(None, [args.export])]
-    if len({os.path.realpath(file) for file in files}) < len(files):
+    for flag in ("load", "save", "export"):
+        if getattr(args, flag) and len(runs) > 1:
+            raise Problem(f"--{flag}: wants a single run")
+    if args.load and (args.save or args.export):
+        raise Problem("--load beside --save or --export: the prompt is trained already")
+    if args.export and not args.views:
+        raise Problem("--export: wants --views above 0")
+    files = {"results": args.out, "prompt": args.save, "export": args.export}
+    files = {kind: file for kind, file in files.items() if file}
+    if len({os.path.realpath(file) for file in files.values()}) < len(files):
         raise Problem("--out, --save and --export name the same file")
-    records.check_output(args.out, "results")
-    for file in saved:
-        records.check_output(file, "prompt")
-    if args.export:
-        records.check_output(args.export, "export")
+    for kind, file in files.items():
+        records.check_output(file, kind)
 
 
 def protocol(data, args):
@@ -76,23 +74,16 @@ def names(clip, args, sets):
               "images take --backbone ViT-B-16 (a download of 600 MB)")
 
 
-def origin(origin, file, job, method, clip, args, data):
-    """Raise Problem where a saved prompt cannot be tested as the flags ask for it."""
+def origin(args, method, weights, data):
+    """Raise Problem where the prompt of --load cannot be tested as the flags ask for it."""
+    origin, start = args.origin, f"--load {args.load}: "
+    learned, classes = {*map(tuple, origin["classes"])}, list(enumerate(data.classnames))
     if origin["method"] != method:
-        raise Problem(f"--load {file}: was saved by {origin['method']}, not by {method}")
-    if origin["weights"] != clip.weights:
+        raise Problem(f"{start}was saved by {origin['method']}, not by {method}")
+    if origin["weights"] != weights:
         name = f"{origin['backbone']} {origin['pretrained']}".strip()
-        raise Problem(f"--load {file}: was trained with other weights ({name})")
-    for name, value in zip(("shots", "seed"), job[1:]):
-        if f"{name.rstrip('s')}s" in args.typed and value != origin[name]:
-            raise Problem(f"--load {file}: was trained with {name} {origin[name]}, not {value}")
-    for name, value in origin["flags"].items():     # they were taken from the first file
-        if name not in records.OF_A_TEST and getattr(args, name, None) != value:
-            raise Problem(f"--load {file}: was trained with --{name.replace('_', '-')} {value}, "
-                          f"not {getattr(args, name, None)}")
-    learned = {tuple(pair) for pair in origin["classes"]}
-    classes = list(enumerate(data.classnames))
-    if args.base_to_new and learned & set(classes[(len(classes) + 1) // 2:]):
-        raise Problem(f"--load {file}: was trained on classes of the new half, too")
-    if getattr(args, "class_specific", False) and learned != set(classes):
-        raise Problem(f"--load {file}: holds contexts of other classes (--class-specific)")
+        raise Problem(f"{start}was trained with other weights ({name})")
+    if args.base_to_new and learned & {*classes[(len(classes) + 1) // 2:]}:
+        raise Problem(f"{start}was trained on classes of the new half, too")
+    if getattr(args, "class_specific", False) and learned != {*classes}:
+        raise Problem(f"{start}holds contexts of other classes (--class-specific)")

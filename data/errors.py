@@ -71,29 +71,39 @@ class Parser(argparse.ArgumentParser):
         raise Problem(message)
 
 
-def number(kind=float, low=0, high=None, low_ok=False):
-    """Return an argparse type: a number with low < value < high (low <= value with low_ok).
-
-    Without `high` an int is below 2**31 and a float finite."""
-    high = high or (2**31 if kind is int else math.inf)
-
-    def parse(text):
+def bounded(text, kind, low, what):
+    """Return a number of at least `low`. Raises argparse's error if a flag's text is none."""
+    with contextlib.suppress(ValueError):
         value = kind(text)
-        if not (low < value < high or low_ok and value == low):
-            bound = "at least" if low_ok else "above"
-            raise argparse.ArgumentTypeError(f"{text[:40]}: wants a number {bound} {low:g}"
-                                             + f" and below {high:g}" * (high < math.inf))
-        return value
-    parse.__name__ = "whole number" if kind is int else "number"
-    return parse
+        if low <= value < (2**31 if kind is int else math.inf):
+            return value
+    raise argparse.ArgumentTypeError(f"{text[:40]!r}: wants {what}")
 
 
-def several(kind):
-    """Return an argparse type: values separated by commas."""
-    def parse(text):
-        return [kind(part) for part in text.split(",")]
-    parse.__name__ = f"list (1,2,3) of {kind.__name__}"
-    return parse
+# argparse types
+
+def count(text):
+    return bounded(text, int, 1, "a whole number above 0")
+
+
+def whole(text):
+    return bounded(text, int, 0, "a whole number, 0 or more")
+
+
+def positive(text):
+    return bounded(text, float, math.ulp(0), "a number above 0")
+
+
+def nonnegative(text):
+    return bounded(text, float, 0, "a number, 0 or more")
+
+
+def counts(text):
+    return [count(part) for part in text.split(",")]
+
+
+def wholes(text):
+    return [whole(part) for part in text.split(",")]
 
 
 def nonempty(value):

@@ -11,6 +11,7 @@ import time
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from hashlib import blake2b
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -36,7 +37,7 @@ def image_status(path):
     try:
         plain_file(path)
     except Problem as problem:
-        raise Problem(f"missing image {problem} (--skip-unreadable leaves it out)") from None
+        raise Problem(f"missing image {problem}") from None
 
 
 def rgb(image, own=False):
@@ -69,7 +70,7 @@ def read_image(path, own=False):
         why = "not in a format that Pillow reads"
     except Exception as error:                              # Pillow's decoders raise anything
         why = getattr(error, "strerror", None) or str(error) or type(error).__name__
-    raise Problem(f"cannot read image {path} ({why}): --skip-unreadable leaves it out")
+    raise Problem(f"cannot read image {path} ({why}): mend it or take it away")
 
 
 def read_rows(rows, transform, own):
@@ -97,11 +98,11 @@ def count_workers():
     return min(16, max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
 
 
-def load_pixels(paths, transform, views, batch_size, device, own=False, workers=None):
+def load_pixels(rows, transform, batch_size, device, own=False, workers=None):
     """Yield uint8 batches (batch_size, 3, H, W) on the device; the last one may be smaller.
 
+    rows       (path of an image, number of a view) each; 0 for a plain image
     transform  PIL image -> uint8 (3, H, W)
-    views      for each image the numbers of its augmented views, a row each ([0] for a plain image)
     own        see `rgb`
     workers    processes that read; by default none on the CPU, `count_workers()` on CUDA
     Raises Problem at an image that cannot be read."""
@@ -110,7 +111,6 @@ def load_pixels(paths, transform, views, batch_size, device, own=False, workers=
     # Workers send few rows at a time: a container's /dev/shm has 64 MB, and two chunks per worker
     # pass through it, in all at most 96 rows, 14 MB at 224 pixels and 58 MB at 448.
     size = max(1, 96 // (2 * workers)) if workers else batch_size
-    rows = [(path, view) for path, some in zip(paths, views) for view in some]
     batches = [rows[k:k + batch_size] for k in range(0, len(rows), batch_size)]
     chunks = [batch[k:k + size] for batch in batches for k in range(0, len(batch), size)]
     workers = min(workers, len(chunks))
@@ -144,7 +144,7 @@ def normalize(pixels, mean, std):
 # ---------------------------------------------------------------- digests
 
 def digest(value):
-    """Return a hex digest of anything that repr shows whole."""
+    """Return 32 hexadecimal digits that stand for anything that repr shows whole."""
     return blake2b(repr(value).encode(), digest_size=16).hexdigest()
 
 
@@ -158,18 +158,6 @@ def tensor_digest(tensors):
     return whole.hexdigest()
 
 
-def image_key(visual, *more):
-    """Return a key for everything that image features depend on except the image.
-
-    It covers `more`, and the weights and architecture of the image encoder `visual`: the number of
-    heads, the pooling and the activation are attributes of its modules."""
-    plain, modules = (bool, int, float, str, tuple, type(None)), []
-    for name, module in visual.named_modules():
-        values = {k: v for k, v in vars(module).items() if isinstance(v, plain)}
-        modules.append((name, type(module), values))
-    return digest((more, modules, tensor_digest(visual.state_dict())))
-
-
 def digest_files(paths, folder):
     """Return a 16-byte digest of each image's content. Raises Problem at a missing image.
 
@@ -181,22 +169,20 @@ def digest_files(paths, folder):
         times = status.st_mtime_ns, status.st_ctime_ns
         states.append((resolve(parent), name, status.st_size, *times))
 
-    def read(path):
-        return blake2b(Path(path).read_bytes(), digest_size=16).digest()
+    def read(state):
+        return blake2b(Path(files[state]).read_bytes(), digest_size=16).digest()
 
-    with Store(folder, "contents of images", piece=4096) as store, ThreadPoolExecutor(8) as pool:
-        found = {state: bytes(row.numpy()) for state, row in store.find(states).items()}
-        missing = {state: path for state, path in zip(states, paths) if state not in found}
-        for state, content in zip(missing, pool.map(read, missing.values())):
-            found[state] = content
-            store.add([state], torch.tensor([[*content]], dtype=torch.uint8))
-    return [found[state] for state in states]
+    files = dict(zip(states, paths))
+    with Store(folder, "contents of images", states) as store, ThreadPoolExecutor(8) as pool:
+        for content in pool.map(read, store.missing):
+            store.add(torch.tensor([[*content]], dtype=torch.uint8))
+    return [bytes(row) for row in store.rows().numpy()]
 
 
 # ---------------------------------------------------------------- files of tensors
 
 class Store:
-    """Rows of tensors, kept below a folder in pieces, so that a killed run goes on.
+    """Rows of tensors by name, kept below a folder in pieces, so that a killed run goes on.
 
     A piece is a safetensors file of a few seconds' work, rows (n, ...) and the digests of their n
     names. It is named by a checksum, appears whole and never changes; any process may add or delete
@@ -204,67 +190,70 @@ class Store:
 
     folder  None: nothing is kept or found
     key     everything that the rows depend on except their names; anything that repr shows whole
-    piece   write a piece when this many rows are waiting
+    names   of the rows that are wanted; `missing` are those that have to be added, in this order
     `with Store(...) as store` writes the rows that are waiting also when an exception passes."""
 
-    def __init__(self, folder, key, piece=128):
+    def __init__(self, folder, key, names):
         self.folder = Path(folder) / digest(key) if folder else None
-        self.piece, self.names, self.rows = piece, [], []
+        self.names, self.found, self.waiting = names, {}, []
+        self.find({digest(name): name for name in names})
+        self.missing = [name for name in dict.fromkeys(names) if name not in self.found]
+        self.todo = iter(self.missing)
         self.due = time.monotonic() + SECONDS
 
     def __enter__(self):
         return self
 
     def __exit__(self, *error):
-        self.close()
+        self.write()
 
-    def find(self, names):
-        """Return {name: row} of the names that are kept. Damaged pieces are deleted."""
-        wanted, found = {digest(name): name for name in names}, {}
+    def find(self, wanted):
+        """Read the rows that are kept, wanted {digest: name}. Damaged pieces are deleted."""
         for name in glob.glob("*.safetensors", root_dir=self.folder) if self.folder else []:
             file = self.folder / name
             try:
-                found.update(self.read_piece(file, wanted))
+                self.read_piece(file, wanted)
             except (OSError, MemoryError):                  # another process has deleted it
                 continue
             except Exception:                               # damage can look like anything
                 file.unlink(missing_ok=True)
-        return found
 
     def read_piece(self, file, wanted):
-        """Return {name: row} of one piece; wanted is {digest: name}."""
         with safe_open(file, "pt") as piece:
             held = piece.metadata()["names"].split()
             if wanted.keys().isdisjoint(held):
-                return {}
+                return
             rows = piece.get_tensor("rows")
-            if file.stem != self.checksum(held, rows):
-                raise SafetensorError("damaged")
-            places = [place for place, name in enumerate(held) if name in wanted]
-            return {wanted[held[place]]: row for place, row in zip(places, rows[places])}
+        if file.stem != self.checksum(held, rows):
+            raise SafetensorError("damaged")
+        self.found.update((wanted[name], row) for name, row in zip(held, rows) if name in wanted)
 
-    def add(self, names, rows):
-        """Keep rows (n, ...), on the CPU, under n names. Raises Problem if that is impossible."""
-        if self.folder:
-            self.names += names
-            self.rows.append(rows)
-            if len(self.names) >= self.piece or time.monotonic() > self.due:
-                self.close()
+    def add(self, rows):
+        """Add the rows (n, ...) of the next n missing names. Raises Problem: cannot be written."""
+        self.waiting.append(rows)
+        if time.monotonic() > self.due:
+            self.write()
 
-    def close(self):
-        """Write the rows that are waiting."""
-        if not self.names:
+    def write(self):
+        """Write the rows that are waiting, as a piece."""
+        if not self.waiting:
             return
-        names, rows = [digest(name) for name in self.names], torch.cat(self.rows)
-        file = self.folder / f"{self.checksum(names, rows)}.safetensors"
-        for attempt in range(10):                           # `rm -r` may come in between
+        rows = torch.cat(self.waiting).cpu()
+        names = list(islice(self.todo, len(rows)))
+        self.found.update(zip(names, rows))
+        self.waiting, held = [], [digest(name) for name in names]
+        if self.folder:
+            file = self.folder / f"{self.checksum(held, rows)}.safetensors"
             try:
-                write_whole(file, {"rows": rows}, {"names": " ".join(names)})
-                break
+                write_whole(file, {"rows": rows}, {"names": " ".join(held)})
             except Problem as problem:
-                if attempt == 9:
-                    raise Problem(f"{problem}: --cache DIR keeps features elsewhere") from None
-        self.names, self.rows, self.due = [], [], time.monotonic() + SECONDS
+                raise Problem(f"{problem}: --cache DIR keeps features elsewhere") from None
+        self.due = time.monotonic() + SECONDS
+
+    def rows(self):
+        """Return the rows of all names, in their order, (N, ...)."""
+        rows = [self.found[name] for name in self.names]
+        return torch.stack(rows) if rows else torch.empty(0)
 
     def checksum(self, names, rows):
         """Return a digest of a piece's content and of the folder it belongs to."""

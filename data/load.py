@@ -7,15 +7,12 @@ import json
 import os
 import random
 from collections import namedtuple
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import chain
 from operator import attrgetter
 from pathlib import Path
 
-from tqdm import tqdm
-
-from data.download import is_filled, md5_of, missing, provide_images, provide_split
+from data.download import is_filled, missing, provide_images, provide_split
 from data.errors import Problem, plain_file
 from data.world import sets
 
@@ -39,9 +36,9 @@ class Data:
     classnames: list
     template: str
     prograd_template: str
-    train: list
-    val: list
-    test: list
+    train: list = ()
+    val: list = ()
+    test: list = ()
     note: str = ""      # a line that a run prints
     origin: str = ""    # who made the split; another split gives other results
     own: bool = False   # a folder of the user
@@ -98,11 +95,10 @@ def list_data(root):
         print(f"{name:<16} {state:<23} {spec['template']:<42} {folder}")
 
 
-def load_data(name, root, template=None, skip_unreadable=False):
+def load_data(name, root, template=None):
     """Read a data set of the catalogue below folder `root`, an embedded one, or a user's folder.
 
-    template         replaces the data set's own; several prompts are separated by "|"
-    skip_unreadable  leave out images that cannot be read
+    template  replaces the data set's own; several prompts are separated by "|"
     Downloads or draws what is missing. Raises Problem: unknown name, missing files, files of the
     wrong form, a class without images, no space."""
     name = find_name(str(name))
@@ -112,25 +108,23 @@ def load_data(name, root, template=None, skip_unreadable=False):
         spec = {**spec, "template": check_template(template), "prograd_template": template}
     try:
         classnames, rows, origin, note = READERS[spec["kind"]](name, spec, root)
-        data = Data(name, classnames, spec["template"],
-                    spec.get("prograd_template", spec["template"]), [], [], [], origin=origin,
-                    own=spec["kind"] == "own")
-        for part in PARTS:
-            items = [Item(path, label, classnames[label]) for path, label in rows.get(part, [])]
-            setattr(data, part, items)
-        notes = [note, leave_out_unreadable(data) if skip_unreadable else ""]
-        check_classes(data, spec.get("parts", ["train", "test"]))
-        if data.own:
-            notes = [summarize(data), *notes, count_shared(data)]
     except OSError as error:
         hint = "" if spec["kind"] == "own" else "; --data-root DIR takes another folder"
         where = error.filename or root
         raise Problem(f"{name}: {where}: {error.strerror or error}{hint}") from None
-    counts = [len(data.train), len(data.val), len(data.test)]
+    items = [[Item(path, label, classnames[label]) for path, label in rows.get(part, [])]
+             for part in PARTS]
+    data = Data(name, classnames, spec["template"],
+                spec.get("prograd_template", spec["template"]), *items, note, origin,
+                own=spec["kind"] == "own")
+    check_classes(data, spec.get("parts", ["train", "test"]))
+    counts = [len(part) for part in items]
+    if data.own:
+        data.note = (f"{len(classnames)} classes ({listed(classnames)}), images: {counts[0]} for "
+                     f"training, {counts[2]} for testing; {origin}")
     if origin == PUBLISHED and counts != spec["counts"]:
         data.origin = OWN
-        notes.append(f"{OWN}: {counts} images for train, val, test, not {spec['counts']}")
-    data.note = "; ".join(filter(None, notes))
+        data.note = f"{OWN}: {counts} images for train, val, test, not {spec['counts']}"
     return data
 
 
@@ -174,43 +168,6 @@ def check_classes(data, parts):
 def listed(names):
     """Return the first names as a text."""
     return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
-
-
-def summarize(data):
-    """Return what was found in a user's folder."""
-    return (f"{len(data.classnames)} classes ({listed(data.classnames)}), images: "
-            f"{len(data.train)} for training, {len(data.test)} for testing; {data.origin}")
-
-
-def count_shared(data):
-    """Return a note on the test images that are training images as well."""
-    sizes = {item.path: item.path.stat().st_size for item in chain(data.train, data.test)}
-    both = {sizes[item.path] for item in data.train} & {sizes[item.path] for item in data.test}
-    learned = {md5_of(item.path) for item in data.train if sizes[item.path] in both}
-    tested = [md5_of(item.path) for item in data.test if sizes[item.path] in both]
-    shared = sum(content in learned for content in tested)
-    return f"{shared} test images are training images as well (same content)" if shared else ""
-
-
-def leave_out_unreadable(data):
-    """Read every image, take out those that cannot be read, and return a note on them."""
-    from data.features import read_image    # here, since it imports torch
-
-    def is_broken(item):
-        try:
-            read_image(item.path, data.own)
-        except Problem:
-            return True
-        return False
-
-    items = [*data.train, *data.val, *data.test]
-    with ThreadPoolExecutor() as pool:
-        looked = tqdm(pool.map(is_broken, items), "reading images", len(items), disable=None)
-        broken = [item for item, bad in zip(items, looked) if bad]
-    gone = set(broken)
-    for part in PARTS:
-        setattr(data, part, [item for item in getattr(data, part) if item not in gone])
-    return f"{len(gone)} unreadable images left out, first {broken[0].path}" if broken else ""
 
 
 # ---------------------------------------------------------------- one reader per layout

@@ -10,15 +10,17 @@ from pathlib import Path
 
 import open_clip
 import torch
+from torchvision.transforms import CenterCrop, Compose, PILToTensor, Resize
 
 from data.errors import Problem
+from data.features import digest, tensor_digest
 
 OFFLINE = ("; to try the command without weights: --pretrained random; "
            "`python prograd.py` needs no download")
 
 
 def create(name, tag, chosen=True):
-    """Return open_clip's model (frozen, fp32), its image transform, its tokenizer, its activation.
+    """Return an open_clip model and what belongs to it, by the names of the fields of common.Clip.
 
     name    an open_clip model, or local-dir:PATH
     tag     one of its pretrained tags, a weights file, or "random"
@@ -47,12 +49,29 @@ def create(name, tag, chosen=True):
     except Exception as error:          # whatever goes wrong inside open_clip
         cause = " ".join(str(error).split())[:300]
         raise Problem(f"cannot load {name} {tag}: {cause}{OFFLINE if spec else ''}") from None
-    tokenizer = open_clip.get_tokenizer(name) if is_causal(text_encoder(model)) else None
+    text = text_encoder(model)
+    tokenizer = open_clip.get_tokenizer(name) if is_causal(text) else None
     if not isinstance(tokenizer, open_clip.SimpleTokenizer):
         raise Problem(f"--backbone {name}: its text encoder is not CLIP's causal transformer, "
                       "which the prompts are for")
-    activation = type(text_encoder(model).transformer.resblocks[0].mlp.gelu).__name__
-    return model.eval().requires_grad_(False), transform, tokenizer, activation
+    model.eval().requires_grad_(False)
+    activation = type(text.transformer.resblocks[0].mlp.gelu).__name__
+    resize = [t for t in transform.transforms if isinstance(t, (Resize, CenterCrop))]
+    weights = digest((tensor_digest(model.state_dict()), modules(model.visual), activation))
+    image_key = digest((tensor_digest(model.visual.state_dict()), modules(model.visual), transform))
+    return {"model": model, "text": text, "tokenizer": tokenizer, "activation": activation,
+            "preprocess": Compose([*resize, PILToTensor()]), "weights": weights[:8],
+            "image_key": image_key}
+
+
+def modules(visual):
+    """Return the architecture of an image encoder: all plain attributes of its modules.
+
+    The number of heads, the pooling and the activation are attributes, not weights."""
+    plain = (bool, int, float, str, tuple, type(None))
+    return [(name, type(module).__name__,
+             {k: v for k, v in vars(module).items() if isinstance(v, plain)})
+            for name, module in visual.named_modules()]
 
 
 def read_weights(name, file, chosen):

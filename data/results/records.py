@@ -10,6 +10,7 @@ run      setting and data, shots, seed, contents of the training images, and the
 """
 
 import ast
+import contextlib
 import functools
 import hashlib
 import json
@@ -17,14 +18,16 @@ import os
 from importlib import metadata
 from pathlib import Path
 
+from safetensors import SafetensorError, safe_open
+
 from data.errors import Problem, plain_file
 
 HERE = Path(__file__).resolve().parent.parent.parent
 COMPUTING = [HERE / "common.py", HERE / "data" / "features.py"]     # and the method's script
 # Flags that change no number, or that the identity holds in another form.
-ELSEWHERE = {"dataset", "data_root", "skip_unreadable", "backbone", "pretrained", "shots", "seeds",
-             "base_to_new", "transfer", "class_chunk", "device", "cache", "out",
-             "again", "save", "load", "predict", "export", "typed", "defaults"}
+ELSEWHERE = {"dataset", "data_root", "backbone", "pretrained", "shots", "seeds", "base_to_new",
+             "transfer", "class_chunk", "device", "cache", "out", "save", "load", "predict",
+             "export", "typed", "defaults", "origin"}
 OF_A_TEST = ["template", "test_images", "validation", "precision"]    # not of a training
 SCORES = {"few-shot": ["zero_shot", "accuracy"],
           "base-to-new": ["zero_shot_base", "zero_shot_new", "zero_shot_harmonic",
@@ -39,9 +42,8 @@ ORIGIN = {"method", "dataset", "classes", "template", "protocol", "shots", "seed
 # ---------------------------------------------------------------- identity
 
 def digest(*values):
-    """Return 16 hexadecimal digits that stand for JSON values."""
-    text = "\n".join(json.dumps(value, sort_keys=True) for value in values)
-    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).hexdigest()
+    """Return 32 hexadecimal digits that stand for values that repr shows whole."""
+    return hashlib.blake2b(repr(values).encode(), digest_size=16).hexdigest()
 
 
 @functools.cache
@@ -119,7 +121,7 @@ def record_of(run, rows, more):
         "run": run.id, "setting": run.setting, "data": run.identities[run.data.name],
         "code": run.code, "weights": run.clip.weights, **more,
         "flags": {name: value for name, value in vars(run.args).items()
-                  if name not in ("typed", "defaults")},
+                  if name not in ("typed", "defaults", "origin")},
         "versions": {name: metadata.version(name) for name in ("torch", "open_clip_torch")},
         "device": run.device_name()}
 
@@ -217,22 +219,12 @@ def check_output(file, kind):
 
 # ---------------------------------------------------------------- prompt files
 
-def fill(name, shots, seed, dataset=""):
-    """Return the file name of one run: {shots}, {seed} and {dataset} are filled in."""
-    name = name.replace("{shots}", str(shots)).replace("{seed}", str(seed))
-    return name.replace("{dataset}", os.path.basename(dataset))
-
-
 def metadata_of(file):
     """Return the metadata of a safetensors file, {name: text}; {} if it is no such file."""
-    try:
-        with open(plain_file(file), "rb") as content:
-            length = int.from_bytes(content.read(8), "little")
-            header = json.loads(content.read(length)) if 0 < length < 1 << 26 else {}
-        told = header.get("__metadata__", {})
-        return told if isinstance(told, dict) else {}
-    except (ValueError, AttributeError, RecursionError):
-        return {}
+    with contextlib.suppress(SafetensorError, OSError):
+        with safe_open(plain_file(file), "np") as content:
+            return content.metadata() or {}
+    return {}
 
 
 def read_origin(file):

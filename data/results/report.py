@@ -5,10 +5,6 @@ import statistics
 from data.results import records
 
 
-def shots_in_words(shots):
-    return f"{shots} shot{'s' * (shots != 1)}"
-
-
 def show(title, record, out):
     """Print a record's accuracies, their KL divergence from zero-shot CLIP, and its place."""
     if record["protocol"] == "base-to-new":
@@ -37,7 +33,7 @@ def show_means(out, ids):
     for found in groups.values():
         if len(found) > 1:
             first = found[0]
-            print(f"{first['dataset']}, {shots_in_words(first['shots'])}: "
+            print(f"{first['dataset']}, {first['shots']}-shot: "
                   f"mean ± std over {len(found)} seeds of {first['method']}")
             for name in records.SCORES[first["protocol"]]:
                 values = [record[name] for record in found]

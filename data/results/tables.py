@@ -13,7 +13,7 @@ from math import isfinite
 from pathlib import Path
 from statistics import fmean, harmonic_mean, mode, stdev
 
-from data.errors import Parser, Problem, several
+from data.errors import Parser, Problem
 from data.load import NAMES, PUBLISHED, SUITES, is_embedded, list_data
 from data.results import records
 
@@ -34,7 +34,8 @@ def main(argv=None):
     add("file", nargs="?", default="runs/results.jsonl", help="result lines (runs/results.jsonl)")
     add("--all", action="store_true", help="every comparison and data set (the newest, averages)")
     add("--against", metavar="ROW", help="differences to a row, such as coop or zero-shot")
-    add("--datasets", type=several(str), metavar="NAME,...", help="only these data sets")
+    add("--datasets", type=lambda text: text.split(","), metavar="NAME,...",
+        help="only these data sets")
     add("--classes", action="store_true", help="class by class, on the data set of the newest run")
     add("--markdown", action="store_true", help="tables in Markdown")
     add("--plot", action="store_true", help="draw pictures into the folder of the result lines")
