@@ -258,7 +258,7 @@ def runs_on(dataset, jobs, script, args):
     else:
         sets = [load_data(name, args.data_root, None if k else args.template)
                 for k, name in enumerate([dataset, *args.transfer])]
-        sets = [choose_tests(some, args.validation, args.test_images) for some in sets]
+        sets = [choose_tests(some, args) for some in sets]
         checks.protocol(sets[0], args)
     data, *others = sets
     clip = load_clip(args.backbone, args.pretrained, args.device, args.precision,
@@ -269,8 +269,7 @@ def runs_on(dataset, jobs, script, args):
     trained, tested = ("base", ("base", "new")) if args.base_to_new else ("all", ("all classes",))
     parts = [Part(which, data, *choose(data, data.test, which)) for which in tested]
     parts += [Part(other.name, other, *choose(other, other.test), True) for other in others]
-    contents = {some.name: digest_files(some.test, args) for some in sets}
-    identities = {some.name: records.data_identity(some, contents[some.name]) for some in sets}
+    identities = {some.name: records.data_identity(some) for some in sets}
     code = records.code_digest(script, *records.COMPUTING)
     most = max(Counter(item.label for item in data.train).values(), default=0)
     for job in jobs:
@@ -281,13 +280,13 @@ def runs_on(dataset, jobs, script, args):
             if shots > most:
                 print(f"{dataset}: no class has {shots} training images; using the {most} it has")
                 shots = most
-            sample, classes = choose(data, few_shot(data.train, shots, seed), trained)
-        learned = digest_files(sample, args)
-        known = len({*learned} & {*contents[dataset]})
+            sample = add_contents(few_shot(data.train, shots, seed), args.cache)
+            sample, classes = choose(data, sample, trained)
+        known = {item.content for item in sample} & {item.content for item in data.test}
         if data.own and known:
-            print(f"{dataset}: {known} of the training images are test images as well")
+            print(f"{dataset}: {len(known)} of the training images are test images as well")
         yield Run(job, method, code, args, clip, data, shots, seed, sample, classes, parts,
-                  identities, learned)
+                  identities)
 
 
 def recorded(run):
@@ -411,26 +410,29 @@ def choose(data, items, which="all"):
     return items, classes
 
 
-def choose_tests(data, validation, count):
-    """Return the data set as it is tested: on its validation images, on `count` images at most.
+def choose_tests(data, args):
+    """Return the data set as it is tested: on --validation images, on at most --test-images.
 
     A sample has equally many images of each class, at least one, and is the same for every method
     and seed."""
     data = copy.copy(data)
-    if validation and len({item.label for item in data.val}) < len(data.classnames):
+    if args.validation and len({item.label for item in data.val}) < len(data.classnames):
         raise Problem(f"{data.name}: --validation: there are classes with no validation images")
-    data.test = data.val if validation else data.test
-    if count:
-        data.test = few_shot(data.test, max(1, count // len(data.classnames)), seed=0)
+    data.test = data.val if args.validation else data.test
+    if args.test_images:
+        each = max(1, args.test_images // len(data.classnames))
+        data.test = few_shot(data.test, each, seed=0)
+    data.test = add_contents(data.test, args.cache)
     return data
 
 
+def add_contents(items, cache):
+    """Return the items with digests of their image files, which are kept in the cache."""
+    contents = features.digest_files([str(item.path) for item in items], cache)
+    return [item._replace(content=content) for item, content in zip(items, contents)]
+
+
 # ---------------------------------------------------------------- image features
-
-def digest_files(items, args):
-    """Return the digests of the items' image files."""
-    return features.digest_files([str(item.path) for item in items], args.cache)
-
 
 @torch.no_grad()
 def encode_images(clip, data, items, cache=None, views=None, encode=None, kind=""):
@@ -444,14 +446,16 @@ def encode_images(clip, data, items, cache=None, views=None, encode=None, kind="
     paths, each = [str(item.path) for item in items], views or [0]
     transform = clip.augment if views else clip.preprocess
     encode = encode or clip.encode_image
-    files = features.digest_files(paths, cache) if cache else paths
-    # Two images may be the same: then one of them is encoded.
-    rows = dict(zip(itertools.product(files, each), itertools.product(paths, each)))
+    if cache and not all(item.content for item in items):
+        items = add_contents(items, cache)
+    # Two images may have the same content: then one of them is encoded.
+    names = list(itertools.product([item.content or item.path for item in items], each))
+    rows = dict(zip(names, itertools.product(paths, each)))
     # Batches of one size, the last one filled up: else the last bits of an image's features would
     # depend on the other images of its batch.
     size = 128 if clip.device == "cuda" else 8
     key = clip.image_key, str(clip.dtype), kind, data.own, bool(views)
-    with features.Store(cache, key, list(itertools.product(files, each))) as store:
+    with features.Store(cache, key, names) as store:
         todo = [rows[name] for name in store.missing]
         batches = features.load_pixels(todo, transform, size, clip.device, data.own)
         for images in progress(batches, desc="encoding images", unit=" images", delay=0.5,
@@ -643,7 +647,6 @@ class Run:
     classes: list                   # [(label, name)] of the classes that the prompt is trained on
     parts: list                     # of Part; shared by the runs on this data set
     identities: dict                # {data set: digest}, see data/results/records.py
-    contents: list                  # digests of the sample's image files
     features: torch.Tensor = None   # f(x) of the sample's augmented views, (N, V, D)
     logged: dict = field(default_factory=dict)
     errors: object = field(default_factory=contextlib.nullcontext)  # around the work of this run
@@ -662,8 +665,8 @@ class Run:
             records.flags_that_matter(args),
             [origin.get(name) for name in ("setting", "dataset", "data", "tensors")])
         self.id = records.digest(
-            self.setting, self.identities[self.data.name], self.shots, self.seed, self.contents,
-            [item.label for item in self.items])
+            self.setting, self.identities[self.data.name], self.shots, self.seed,
+            [(item.content, item.label) for item in self.items])
 
     def device_name(self):
         """Return the device for the record."""
@@ -677,7 +680,7 @@ class Run:
 
         A method that changes the image encoder (it has image_features) encodes its own training
         images. Raises Problem: unreadable image, a prompt file that does not fit."""
-        args, began = self.args, time.time()
+        args, self.began = self.args, time.time()
         if args.export and hasattr(prompt, "image_features"):
             raise Problem("--export: this method trains on pixels, not on features")
         for file in args.predict:
@@ -696,7 +699,6 @@ class Run:
             views = list(range(args.views))
             self.features = self.encode_views(views or [0], args.cache if views else None)
         self.initial = {name: tensor.clone() for name, tensor in prompt.state_dict().items()}
-        self.started, self.encoding = now(self.clip), now(self.clip) - began
 
     def encode_views(self, views, cache):
         """Return f(x) of augmented views of the few-shot sample, (N, V, D)."""
@@ -813,13 +815,11 @@ class Run:
 
         prompt  a Module with class_features(part) -> (C, D)
         more    what the method has to tell beside what it logged"""
-        trained, args = now(self.clip), self.args
+        args = self.args
         self.check_finite(*prompt.parameters())
         rows = {part.name: self.evaluate(prompt, part) for part in self.parts if part.items}
         if rows:
-            seconds = {"encoding": self.encoding, "training": trained - self.started,
-                       "all": now(self.clip) - self.started + self.encoding}
-            more = {**self.history(), **more, "seconds": seconds,
+            more = {**self.history(), **more, "seconds": time.time() - self.began,
                     "parameters": sum(p.numel() for p in prompt.parameters())}
             record = records.record_of(self, rows, more)
             records.append(args.out, record)        # before what follows, which may fail
@@ -843,7 +843,7 @@ class Run:
         """Print the likeliest classes of the images of --predict, with probabilities in percent."""
         data = copy.copy(self.data)
         data.own = True             # phone photographs: upright, without alpha
-        items = [Item(file, 0, "") for file in self.args.predict]
+        items = [Item(file, 0) for file in self.args.predict]
         classes = list(enumerate(data.classnames))
         part = Part("predict", data, items, classes if self.parts[0].items else self.classes)
         part.features = encode_images(self.clip, data, items).to(self.clip.device)
@@ -851,13 +851,6 @@ class Run:
         both = [(self.clip.logit_scale * f @ w.T).softmax(-1).topk(min(top, len(part.classes)))
                 for f, w in self.classifiers(prompt, part)]
         report.show_predictions(self.method, self.args.predict, part.classnames, *both)
-
-
-def now(clip):
-    """Return the time, after a GPU has done what it was given."""
-    if clip.device == "cuda":
-        torch.cuda.synchronize()
-    return time.time()
 
 
 def percent(right):

@@ -26,7 +26,8 @@ PUBLISHED, OWN, SEEDED = "published split", "your own split", "seeded 50/20/30 s
 ENDINGS = set(""".apng .avif .bmp .dib .gif .ico .j2k .jfif .jp2 .jpe .jpeg .jpg .mpo .pbm .pcx .pgm
               .png .pnm .ppm .psd .ras .sgi .tga .tif .tiff .webp""".split())
 
-Item = namedtuple("Item", "path label classname")
+# content: digest of the file, of images that are used
+Item = namedtuple("Item", "path label content", defaults=[b""])
 
 
 @dataclass
@@ -112,8 +113,7 @@ def load_data(name, root, template=None):
         hint = "" if spec["kind"] == "own" else "; --data-root DIR takes another folder"
         where = error.filename or root
         raise Problem(f"{name}: {where}: {error.strerror or error}{hint}") from None
-    items = [[Item(path, label, classnames[label]) for path, label in rows.get(part, [])]
-             for part in PARTS]
+    items = [[Item(*row) for row in rows.get(part, [])] for part in PARTS]
     data = Data(name, classnames, spec["template"],
                 spec.get("prograd_template", spec["template"]), *items, note, origin,
                 own=spec["kind"] == "own")

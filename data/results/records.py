@@ -75,10 +75,10 @@ def flags_that_matter(args):
     return {name: value for name, value in vars(args).items() if name not in ELSEWHERE}
 
 
-def data_identity(data, contents):
-    """Return the digest of a data set as it is tested. contents: digests of its test images."""
-    train = [[os.path.basename(item.path), item.label] for item in data.train]
-    test = [[content.hex(), item.label] for content, item in zip(contents, data.test)]
+def data_identity(data):
+    """Return the digest of a data set as it is tested, with the contents of its test images."""
+    train = [(os.path.basename(item.path), item.label) for item in data.train]
+    test = [(item.content, item.label) for item in data.test]
     return digest(data.classnames, data.template, data.prograd_template, data.origin, data.own,
                   train, test)
 
