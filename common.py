@@ -266,9 +266,10 @@ def runs_on(dataset, jobs, script, args):
     checks.names(clip, args, sets)
     if origin:
         checks.origin(args, method, clip.weights, data)
-    trained, tested = ("base", ("base", "new")) if args.base_to_new else ("all", ("all classes",))
+    tested = ("base", "new") if args.base_to_new else ("all classes",)
     parts = [Part(which, data, *choose(data, data.test, which)) for which in tested]
-    parts += [Part(other.name, other, *choose(other, other.test), True) for other in others]
+    parts += [Part(other.name, other, *choose(other, other.test, "all classes"), True)
+              for other in others]
     identities = {some.name: records.data_identity(some) for some in sets}
     code = records.code_digest(script, *records.COMPUTING)
     most = max(Counter(item.label for item in data.train).values(), default=0)
@@ -281,10 +282,10 @@ def runs_on(dataset, jobs, script, args):
                 print(f"{dataset}: no class has {shots} training images; using the {most} it has")
                 shots = most
             sample = add_contents(few_shot(data.train, shots, seed), args.cache)
-            sample, classes = choose(data, sample, trained)
-        known = {item.content for item in sample} & {item.content for item in data.test}
-        if data.own and known:
-            print(f"{dataset}: {len(known)} of the training images are test images as well")
+            sample, classes = choose(data, sample, tested[0])       # all classes, or base
+            known = {item.content for item in sample} & {item.content for item in data.test}
+            if data.own and known:
+                print(f"{dataset}: {len(known)} training images are test images as well")
         yield Run(job, method, code, args, clip, data, shots, seed, sample, classes, parts,
                   identities)
 
@@ -398,10 +399,10 @@ def few_shot(items, shots, seed):
     return sample
 
 
-def choose(data, items, which="all"):
-    """Return those of a data set's items that belong to "base", "new" or all classes, and these.
+def choose(data, items, which):
+    """Return the items of "base", "new" or "all classes", labels from 0, and [(label, name)].
 
-    Base classes are the first ceil(C / 2). Items: labels from 0; classes: [(label, name)]."""
+    Base are the first ceil(C / 2) classes of a data set, new the others."""
     classes = list(enumerate(data.classnames))
     m = math.ceil(len(classes) / 2)
     classes = {"base": classes[:m], "new": classes[m:]}.get(which, classes)

@@ -10,12 +10,9 @@ memory    Peak memory of the process in training steps of CoOp with 100 and 1000
           of 100, and with 77 tokens of 100 classes at once.
 encoding  Images per second: the bare image encoder in fp32, JPEG files in fp32, and JPEG files
           with --precision amp.
-methods   Milliseconds of a training step of each command on "shapes" with the tiny CLIP, 16 shots.
 together  Seconds of `python prograd.py` with a warm cache, alone and two at the same time.
 killed    Seconds of encoding 800 images, undisturbed and killed three times and begun again.
           The features are the same to the bit.
-job       Seconds of the whole of `prograd.py` on EuroSAT's layout (4 shots, 100 epochs, 200 test
-          images), and of as many steps as the authors' code does them, from five of them.
 
 On a GPU, in the precision that is its default (bf16, or fp16 on older ones):
 
@@ -61,6 +58,13 @@ VIT = ["--backbone", "ViT-B-16", "--pretrained", "random"]
 
 def load(device="cpu", precision="fp32", chunk=128):
     return common.load_clip("ViT-B-16", "random", device, precision, chunk)
+
+
+def now(clip):
+    """Return the time, after a GPU has done what it was given."""
+    if clip.device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 def timed(function, times=3):
@@ -121,7 +125,7 @@ class Steps:
         rows, encoded = torch.arange(len(self.y)), self.authors and self.clip.visual
         for k in range(1 + self.count):
             if k == 1:
-                self.began = common.now(self.clip)
+                self.began = now(self.clip)
             f = self.f
             if encoded and self.method == "restore":
                 self.prompt.encode_image(self.pixels, [])                   # states without prompts
@@ -130,7 +134,7 @@ class Steps:
             if encoded and self.method == "prograd":
                 self.clip.encode_image(self.pixels)                         # for zero-shot CLIP
             yield (self.pixels, self.y, rows, 0 * rows) if self.method == "restore" else (f, self.y)
-        self.ended = common.now(self.clip)
+        self.ended = now(self.clip)
 
     def seconds(self, count=5):
         """Return the mean seconds of a step."""
@@ -198,18 +202,18 @@ def bare(clip, size, count):
     def encode():
         for _ in range(count // size):
             clip.encode_image(x)
-        common.now(clip)
+        now(clip)
 
     return count / timed(encode)
 
 
-NOISE = common.Data("noise", NAMES, "{}", "{}", [], [], [])
+NOISE = common.Data("noise", NAMES, "{}", "{}")
 
 
 def encoding():
     fp32, amp = load(), load(precision="amp")
     with tempfile.TemporaryDirectory() as folder:
-        items = [Item(path, 0, "") for path in make_images(Path(folder) / "noise", 64, 256)]
+        items = [Item(path, 0) for path in make_images(Path(folder) / "noise", 64, 256)]
         alone = bare(fp32, 8, 64)
         files = 64 / timed(lambda: common.encode_images(fp32, NOISE, items))
         half = 64 / timed(lambda: common.encode_images(amp, NOISE, items))
@@ -221,13 +225,13 @@ def images():
     clip = load("cuda", "amp", 1024)
     print(f"images    bare encoder {bare(clip, 128, 2560):6.0f} images/s ({clip.dtype})")
     with tempfile.TemporaryDirectory() as folder:
-        items = [Item(Path(folder) / f"{k}.jpg", 0, "") for k in range(4096)]
+        items = [Item(Path(folder) / f"{k}.jpg", 0) for k in range(4096)]
         for item in items:                              # as large as photographs, 70 KB
             Image.effect_noise((500, 375), 25).convert("RGB").save(item.path)
         for what, some, views in (("files", items, None), ("ten crops", items[:512], range(10))):
-            start = common.now(clip)
+            start = now(clip)
             count = common.encode_images(clip, NOISE, some, views=views)[..., 0].numel()
-            print(f"images    {what:<12} {count / (common.now(clip) - start):6.0f} images/s, "
+            print(f"images    {what:<12} {count / (now(clip) - start):6.0f} images/s, "
                   f"{features.count_workers()} processes read")
 
 
@@ -286,61 +290,37 @@ def command(method, *flags):
 
 
 def seconds_of(method, *flags):
-    """Run a script; return its record's seconds by part, and those of the whole process."""
+    """Run a script; return the seconds of its run, and of the whole process."""
     with tempfile.TemporaryDirectory() as folder:
         start = time.perf_counter()
-        assert command(method, *flags, "--again", "--out", f"{folder}/r.jsonl").wait() == 0
+        assert command(method, *flags, "--out", f"{folder}/r.jsonl").wait() == 0
         wall = time.perf_counter() - start
-        return {**json.loads(Path(f"{folder}/r.jsonl").read_text())["seconds"], "wall": wall}
-
-
-def methods():
-    with tempfile.TemporaryDirectory() as folder:
-        coop = None
-        for method in METHODS:
-            size, more = (4, 10) if method == "restore" else (32, 100)      # epochs
-            flags = ["--shots", 16, "--cache", folder, "--epochs"]
-            _, short, long = (seconds_of(method, *flags, epochs)["training"]
-                              for epochs in (3, 3, 3 + more))               # the first one encodes
-            each = (long - short) / (more * 16 * 24 / size)                 # shapes has 24 classes
-            coop = coop or each
-            print(f"methods   {method:<8} {1000 * each:6.1f} ms a step, {each / coop:.1f} times "
-                  "coop's")
+        return json.loads(Path(f"{folder}/r.jsonl").read_text())["seconds"], wall
 
 
 def together():
     with tempfile.TemporaryDirectory() as folder:
-        def wall(count):
+        def wall(*names):
             start = time.perf_counter()
-            running = [command("prograd", "--cache", folder, "--again", "--out", f"{folder}/{k}")
-                       for k in range(count)]
+            running = [command("prograd", "--cache", folder, "--out", f"{folder}/{name}")
+                       for name in names]
             assert not any([process.wait() for process in running])
             return time.perf_counter() - start
 
-        wall(1)                                                             # fills the cache
-        alone, two = wall(1), wall(2)
+        wall("first")                                                       # fills the cache
+        alone, two = wall("alone"), wall("two", "more")
     print(f"together  alone {alone:.1f} s, two {two:.1f} s: {two / alone:.2f} times")
-
-
-def job():
-    with tempfile.TemporaryDirectory() as folder:
-        eurosat_layout(folder, 4, 20)
-        ours = seconds_of("prograd", *VIT, "--device", "cpu", "--dataset", "eurosat", "--data-root",
-                          folder, "--shots", 4, "--epochs", 100)["wall"]
-    each = Steps("prograd", load(), NAMES, authors=True).seconds()
-    authors = 100 * each + 200 / bare(load(), 8, 64)    # 40 images: a batch of 32 in each epoch
-    print(f"job       {ours:.0f} s, the authors' way {authors:.0f} s: {authors / ours:.1f} times")
 
 
 def whole():
     with tempfile.TemporaryDirectory() as folder:
         eurosat_layout(folder, 16, 800)
-        seconds = seconds_of("prograd", *VIT, "--device", "cuda", "--dataset", "eurosat",
-                             "--data-root", folder, "--shots", 16)
-    print("whole    ", ", ".join(f"{name} {value:.0f} s" for name, value in seconds.items()))
+        run, wall = seconds_of("prograd", *VIT, "--device", "cuda", "--dataset", "eurosat",
+                               "--data-root", folder, "--shots", 16)
+    print(f"whole     run {run:.0f} s, with imports {wall:.0f} s")
 
 
-PARTS = {"cpu": [step, memory, encoding, methods, together, killed, job],
+PARTS = {"cpu": [step, memory, encoding, together, killed],
          "cuda": [images, training, whole]}
 
 

@@ -79,7 +79,7 @@ def make_run(clip, script, names, batches, *flags):
     script  the method's module; flags as on its command line"""
     args = common.parse(script.flags(), [*flags])
     args = common.settle(args, script.flags(), "shapes")
-    data = common.Data("made up", names, "a photo of a {}.", "a photo of a {}.", [], [], [])
+    data = common.Data("made up", names, "a photo of a {}.", "a photo of a {}.")
     run = common.Run(("made up", 1, 1), script.__name__, "", args, clip, data, 1, 1, [],
                      list(enumerate(names)), [], {"made up": ""})
     run.batches = run.pixel_batches = lambda epoch: batches

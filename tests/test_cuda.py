@@ -43,7 +43,7 @@ def make(method, clip, folder, *flags):
                    "--epochs", "2", "--batch-size", "4", "--lr", "0.02", "--cache", str(folder),
                    *flags)
     del run.batches, run.pixel_batches          # make_run's own: the run has its usual ones
-    run.items = [Item(path, k % 4, "") for k, path in enumerate(make_images(folder / "noise", 20))]
+    run.items = [Item(path, k % 4) for k, path in enumerate(make_images(folder / "noise", 20))]
     run.labels = torch.arange(20, device=clip.device) % 4
     rng, dim = torch.Generator().manual_seed(1), clip.model.visual.output_dim
     run.features = F.normalize(torch.randn(20, 2, dim, generator=rng), dim=-1).to(clip.device)
@@ -76,7 +76,7 @@ def test_pixels_are_the_same_to_the_bit(tmp_path):
     paths, found = make_images(tmp_path, 70, size=250), []
     for device, workers in (("cpu", 0), (DEVICE, 2)):
         clip = load(device)
-        batches = features.load_pixels(paths, clip.preprocess, [[0]] * 70, 16, device,
+        batches = features.load_pixels([(path, 0) for path in paths], clip.preprocess, 16, device,
                                        workers=workers)
         found.append(torch.cat([clip.pixels(batch).cpu() for batch in batches]))
     assert torch.equal(*found)
@@ -84,8 +84,8 @@ def test_pixels_are_the_same_to_the_bit(tmp_path):
 
 @pytest.mark.parametrize("precision", ["fp32", "amp"])
 def test_image_features(tmp_path, precision):
-    data = common.Data("noise", NAMES, "{}", "{}", [], [], [])
-    items = [Item(path, 0, "") for path in make_images(tmp_path, 20)]
+    data = common.Data("noise", NAMES, "{}", "{}")
+    items = [Item(path, 0) for path in make_images(tmp_path, 20)]
     clip = load(DEVICE, precision)
     plain, found = (common.encode_images(some, data, items) for some in (load("cpu"), clip))
     assert found.dtype == torch.float32 and found.device.type == "cpu"

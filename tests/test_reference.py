@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from reference.make import COLUMNS, entries, file_name, follow, read, tokens
+from reference.make import COLUMNS, blends, entries, file_name, follow, read, tokens
 
 HERE = Path(__file__).parent / "reference"
 FILES = sorted(Path(os.environ.get("REFERENCE_DIR", HERE)).glob("*.npz"))
@@ -47,7 +47,7 @@ def test_a_script_trains_as_in_the_reference(file):
         assert shapes == config["parameters"]
         before = torch.tensor([config["blend_text"], config["blend_visual"]])
         after = torch.tensor([config["blend_text_after"], config["blend_visual_after"]])
-        close(training.prompt.blend - before, after - before, 2e-3, "growth of the blends")
+        close(blends(training.prompt) - before, after - before, 2e-3, "growth of the blends")
 
 
 @pytest.mark.parametrize("file", sorted(HERE.glob("*.npz")), ids=by_name)

@@ -2,11 +2,9 @@
 
 import hashlib
 import json
-import math
 import re
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -203,12 +201,6 @@ def test_what_an_average_leaves_out_is_named(printed):
         "(average, 4 shots, without seeds that not all data sets have: coop seed 2)"]
 
 
-def test_no_average_over_one_data_set(printed):
-    tables, out = printed([record(), record("prograd", dataset="scenes")])
-    assert "average over" not in out
-    assert "(no average, 4 shots, without data sets that not all rows have: scenes, shapes)" in out
-
-
 def test_transfer_has_an_average_over_targets_and_shifted_versions_their_own(printed):
     def to(**accuracy):
         return {name: {"zero_shot": 50.0, "accuracy": percent, "data": name}
@@ -262,9 +254,6 @@ def test_classes_are_averaged_over_seeds_worst_first_and_shots_kept_apart(printe
         ["blue", "62.0 ± 2.8 (red)", "50.0 (red)"], ["red", "91.0 ± 1.4", "91.0"]]
     assert tables["shapes, all classes, tiny_clip, few-shot, 16 shots"][1:] == [
         ["red", "10.0"], ["blue", "20.0 (red)"]]
-    tables, _ = printed(found, "--classes", "--against", "coop")
-    assert tables["shapes, all classes, tiny_clip, few-shot, 4 shots, above coop"] == [
-        ["prograd"], ["blue", "-10.0"], ["red", "+1.0"]]
     with pytest.raises(Problem, match="no run has recorded its classes"):
         printed([record()], "--classes")
 
@@ -290,13 +279,6 @@ def test_only_the_newest_comparison_without_all(printed):
         f"shapes, {BASE}, 4 shots"]
 
 
-def test_chosen_data_sets_only(printed):
-    found = [record(), record(dataset="scenes"), record(dataset="scenes", new=50.0)]
-    assert [*printed(found, "--datasets", "shapes")[0]][0] == "shapes, tiny_clip, few-shot"
-    with pytest.raises(Problem, match="there are runs on shapes, scenes"):
-        printed(found, "--datasets", "nonsense")
-
-
 def test_the_best_is_bold_in_markdown_and_in_a_terminal_and_nothing_moves(printed, monkeypatch):
     found = [record(), record("prograd", accuracy=50.0, changed={"ctx_init": "a|b\n\033[31mc"})]
     markdown = printed(found, "--markdown")[1]
@@ -304,18 +286,7 @@ def test_the_best_is_bold_in_markdown_and_in_a_terminal_and_nothing_moves(printe
     assert "| coop | **70.0** |" in markdown
     assert r"a\|b??[31mc" in markdown
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
-    monkeypatch.delenv("NO_COLOR", raising=False)
-    bold = printed(found)[1]
-    assert bold.count("\033[1m70.0\033[0m") == bold.count("\033[1m") == 1
-    monkeypatch.setenv("NO_COLOR", "1")
-    assert printed(found)[1] == re.sub(r"\033\[[01]m", "", bold)
-
-
-def test_numbers_that_are_none_are_left_out_without_a_traceback(printed):
-    kl, shift = {"base": math.nan, "new": "x"}, {"gap": None}
-    tables, _ = printed([record("restore", new=50.0, kl=kl, shift_after=shift),
-                         record(new=50.0, kl=None, shift_after=3)])
-    assert tables[f"shapes, {BASE}, 4 shots"][0] == ["base", "new", "H"]
+    assert printed(found)[1].count("\033[1m70.0\033[0m") == 1
 
 
 def test_lines_that_are_no_record_are_counted(tmp_path, capsys):
@@ -337,11 +308,3 @@ def test_answers_without_torch_and_lists_data_sets(tmp_path):
                               capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         assert "shapes" in done.stdout
-
-
-def test_eight_thousand_records_take_less_than_five_seconds(printed):
-    found = [record(f"method{k % 10}", seed=k // 200, dataset=f"set{k // 10 % 20}", new=50.0)
-             for k in range(8000)]
-    start = time.process_time()
-    printed(found, "--all")
-    assert time.process_time() - start < 5

@@ -4,12 +4,10 @@ A record becomes cells, one for each number: table, row, column, data set, shots
 printed table is a pivot of cells, with mean ± std over those in one place. Needs no torch."""
 
 import json
-import os
 import shlex
 import sys
 from collections import Counter, namedtuple
 from itertools import product
-from math import isfinite
 from pathlib import Path
 from statistics import fmean, harmonic_mean, mode, stdev
 
@@ -34,8 +32,6 @@ def main(argv=None):
     add("file", nargs="?", default="runs/results.jsonl", help="result lines (runs/results.jsonl)")
     add("--all", action="store_true", help="every comparison and data set (the newest, averages)")
     add("--against", metavar="ROW", help="differences to a row, such as coop or zero-shot")
-    add("--datasets", type=lambda text: text.split(","), metavar="NAME,...",
-        help="only these data sets")
     add("--classes", action="store_true", help="class by class, on the data set of the newest run")
     add("--markdown", action="store_true", help="tables in Markdown")
     add("--plot", action="store_true", help="draw pictures into the folder of the result lines")
@@ -45,12 +41,12 @@ def main(argv=None):
     if args.data:
         return list_data(args.data_root)
 
-    found = read(args.file, args.datasets)
+    found = read(args.file)
     cells, notes = keep_one_version(flatten(found))
     cells = arrange(name_rows(cells))
     newest = {c.table[:2] for c in cells if c.record is found[-1]}
     shown = [c for c in cells if args.all or c.table[:2] in newest]
-    if args.classes and not (args.all or args.datasets):
+    if args.classes and not args.all:
         shown = [c for c in shown if c.record["dataset"] == found[-1]["dataset"]]
     rows = dict.fromkeys(c.row for c in shown)
     if args.against and args.against not in rows:
@@ -86,8 +82,8 @@ def is_run(c):
 
 # ---------------------------------------------------------------- records to cells
 
-def read(file, datasets):
-    """Return the records on these data sets (None: all), oldest first; Problem if there are none.
+def read(file):
+    """Return the records of a file, oldest first. Raises Problem if there are none.
 
     A folder is called by the last part of its path, if no other data set has that name."""
     found, odd = records.read(file)
@@ -99,11 +95,7 @@ def read(file, datasets):
     for line, r in enumerate(found):
         end = Path(r["dataset"]).name
         r.update(line=line, dataset=end if ends[end] == 1 else r["dataset"])
-    names = dict.fromkeys(r["dataset"] for r in found)
-    for name in datasets or ():
-        if name not in names:
-            raise Problem(f"--datasets {name}: there are runs on {', '.join(names)}")
-    return [r for r in found if r["dataset"] in (datasets or names)]
+    return found
 
 
 def flatten(found):
@@ -119,7 +111,7 @@ def flatten(found):
             for column, (value, zero_shot) in scores.items():
                 c = Cell(table, row, column, dataset, r["shots"], r["seed"], value, data, r, "")
                 cells += [c, c._replace(row=data[0], seed=None, value=zero_shot)]
-    return [c for c in cells if type(c.value) in (int, float) and isfinite(c.value)]
+    return [c for c in cells if c.value is not None]
 
 
 def measure(r, about):
@@ -129,8 +121,7 @@ def measure(r, about):
     if r["protocol"] == "few-shot":
         table, scores = table._replace(shots=""), {shots: (r["accuracy"], r["zero_shot"])}
     else:
-        kl, shift = (r.get(key) for key in ("kl", "shift_after"))
-        kl, shift = (value if isinstance(value, dict) else {} for value in (kl, shift))
+        kl, shift = r.get("kl", {}), r.get("shift_after", {})
         scores = {"base": (r["base"], r["zero_shot_base"]), "new": (r["new"], r["zero_shot_new"]),
                   "H": (r["harmonic"], r["zero_shot_harmonic"]), "KL base": (kl.get("base"), None),
                   "KL new": (kl.get("new"), None), "shift gap": (shift.get("gap"), None)}
@@ -307,32 +298,26 @@ def published(cells, over):
 
 
 def list_classes(cells, notes, args):
-    """Yield the accuracy of each class, or how far it is above --against, the worst first."""
-    classes, sign = class_cells(cells), "+" if args.against else ""
+    """Yield the accuracy of each class, the worst first."""
+    classes = class_cells(cells)
     if not classes:
         raise Problem("--classes: no run has recorded its classes here; run a method once more")
-    if args.against:
-        theirs = {(c.table, c.dataset, c.seed): c.value for c in classes if c.row == args.against}
-        pairs = [(c, theirs.get((c.table, c.dataset, c.seed))) for c in classes]
-        classes = [c._replace(value=c.value - other, remark="") for c, other in pairs
-                   if c.row != args.against and other is not None]
     for (table,), some in group(classes, "table").items():
         some = [c for row in sorted(group(some, "dataset").values(), key=mean) for c in row]
-        title = name_table(table) + (f", above {args.against}" if sign else "")
-        yield table, title, pivot(some, "dataset", "row", sign)
+        yield table, name_table(table), pivot(some, "dataset", "row")
 
 
 def class_cells(cells):
     """Return a cell for each class of each run, with what it is most often taken for."""
     found = []
     for c in filter(is_run, cells):
-        for part, rows in (c.record.get("per_class") or {}).items():
+        for part, rows in c.record["per_class"].items():
             table = Table(f"{c.dataset}, {part}", c.table.about, plural(c.shots, "shot"))
             names = Counter(row[0] for row in rows)
             for k, (name, percent, taken, *_) in enumerate(rows):
                 name += f" ({k})" * (names[name] > 1)           # two classes of one name stay two
                 found.append(c._replace(table=table, dataset=name, value=percent, remark=taken))
-    return [c for c in found if type(c.value) in (int, float) and isfinite(c.value)]
+    return [c for c in found if c.value is not None]
 
 
 def name_table(table):
@@ -370,8 +355,7 @@ def spread(cells, sign=""):
 def show(title, grid, notes, markdown):
     """Print a table and its notes."""
     grid = [["".join(c if c.isprintable() else "?" for c in text) for text in row] for row in grid]
-    bold = sys.stdout.isatty() and "NO_COLOR" not in os.environ
-    start, end = ("\033[1m", "\033[0m") if bold else ("", "")
+    start, end = ("\033[1m", "\033[0m") if sys.stdout.isatty() else ("", "")
     widths = [max(len(text.strip("*")) for text in column) for column in zip(*grid)]
     print(f"\n**{title}**\n" if markdown else f"\n{title}")
     for k, row in enumerate(grid):
