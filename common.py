@@ -1,19 +1,26 @@
-"""What the four methods share, in the order in which a run uses it.
+"""What the four methods share, in the order in which a run uses it. A script's main() is one loop:
 
-flags -> runs of a command -> CLIP -> few-shot samples -> image features -> class features
--> batches, evaluation, results
+    runs            for every data set: read the flags, load and check everything;
+                    for every number of shots and seed: draw the few-shot sample, and yield a Run
+      Prompt        the script's: class_features(part) -> (C, D), unit-norm; a method that changes
+                    the image encoder has image_features(pixels) -> (n, D), too
+      Run.start     encode the images (kept in a cache), or load a saved prompt
+      train         the script's: for each epoch, for each batch of Run.batches
+      Run.finish    classify the test images; record, save, print
 
 All arithmetic of a run is here or in the method's script. data/ holds the rest: data sets and their
-files, the cache of image features, records and tables.
+files, pixels, the cache of image features, records and tables.
 
 Shapes: N images, B of them in a mini-batch, V augmented views of each, C classes, M context
-vectors, L tokens, W the width of the text encoder, D the dimension of the features.
+vectors, L tokens (l of a name), S of them shared by all prompts, W the width of the text encoder,
+D the dimension of the features.
 """
 
 import sys
 
 from data.errors import (       # noqa: F401  the scripts use them, too
-    Parser, Problem, count, counts, nonempty, nonnegative, one_line_errors, positive, whole, wholes)
+    Parser, Problem, count, counts, nonempty, nonnegative, one_line_errors, positive, whole, wholes,
+    words)
 
 if __name__ == "__main__":      # python common.py: tables of recorded runs, without importing torch
     from data.results import tables
@@ -48,6 +55,7 @@ from data.load import Data, Item, check_template, dataset_names, is_embedded, lo
 from data.results import export, records, report
 
 HERE = Path(__file__).resolve().parent
+THREADS = torch.get_num_threads()
 TINY_CLIP = HERE / "data" / "world" / "tiny_clip"
 progress = functools.partial(tqdm, disable=None, leave=False)   # no bar without a terminal
 
@@ -118,28 +126,15 @@ def flags(doc, lr, batch_size, n_ctx, embedded_lr=None):
     return p
 
 
-def words(value):
-    """An argparse type: the words of a context, which may also be written a_photo_of_a."""
-    found = " ".join(value.replace("_", " ").split())
-    if not found or set("{}") & set(found):
-        raise argparse.ArgumentTypeError(f"{value!r}: wants words, and no braces")
-    return found
-
-
 def parse(parser, argv=None):
     """Return the values of all flags; `typed` holds those that were given.
 
     With --load, all flags of the training are the prompt file's. Raises Problem where the flags do
     not go together."""
-    missing = object()
-    given = argparse.Namespace(**{action.dest: missing for action in parser._actions})
-    given = vars(parser.parse_args(argv, given))
-    typed = {name: value for name, value in given.items() if value is not missing}
-    typed.pop("help", None)
-    args = argparse.Namespace(**{action.dest: typed.get(action.dest, action.default)
-                                 for action in parser._actions if action.dest != "help"})
-    args.typed = typed
-    args.defaults = {action.dest: action.default for action in parser._actions}
+    defaults, missing = vars(parser.parse_args([])), object()
+    given = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(defaults, missing)))
+    typed = {name: value for name, value in vars(given).items() if value is not missing}
+    args = argparse.Namespace(**{**defaults, **typed}, defaults=defaults, typed=typed)
     args.cache = args.cache or os.path.join(args.data_root, "cache")
     args.origin = records.read_origin(args.load) if args.load else None
     if args.origin:
@@ -150,9 +145,9 @@ def parse(parser, argv=None):
 
 
 def take_from(args, origin):
-    """Take a saved prompt's data set, CLIP and training flags from where it comes from.
+    """Fill args from the origin of a saved prompt, see data/results/records.py.
 
-    Raises Problem where a flag that was typed contradicts them."""
+    A typed data set or CLIP wins; other flags of the training that contradict it raise Problem."""
     trained = {"shots": [origin["shots"]], "seeds": [origin["seed"]], **origin["flags"]}
     free = {"dataset": [origin["dataset"]], "backbone": origin["backbone"],
             "pretrained": origin["pretrained"]}
@@ -169,7 +164,7 @@ def take_from(args, origin):
 
 
 def settle(args, parser, dataset):
-    """Return the flags of the runs on one data set, with the defaults that depend on others."""
+    """Return a copy of the flags for one data set, with every default filled in."""
     args, embedded = copy.copy(args), is_embedded(dataset)
     tiny = f"local-dir:{TINY_CLIP}"
     args.dataset = dataset
@@ -180,9 +175,9 @@ def settle(args, parser, dataset):
     local = args.backbone.startswith("local-dir:")
     if local and args.pretrained:
         raise Problem(f"--pretrained {args.pretrained}: {backbone_name(args.backbone)} holds its "
-                      "own weights; name a --backbone")
+                      "own weights; another --backbone takes a tag")
     args.pretrained = args.pretrained or ("" if local else "openai")
-    cuda = torch.cuda.is_available()        # says if the driver is too old
+    cuda = torch.cuda.is_available()        # warns if the driver is too old
     if args.device == "cuda" and not cuda:
         raise Problem("--device cuda: PyTorch sees no CUDA device here; "
                       "leave the flag out to use the CPU")
@@ -200,7 +195,8 @@ def runs(script, parser, argv=None):
     script  the method's __file__
 
     Skips runs that --out has already. Under torchrun every process takes its share. If there are
-    several runs, one that fails is named at the end, and the others go on."""
+    several runs, a run or data set that fails is named at the end, and the others go on: errors in
+    here are noted by the `with` here, those of the script by its `with run.errors`."""
     args = parse(parser, argv)
     jobs = list(itertools.product(args.dataset, args.shots, args.seeds))
     mine, done, failed = share(jobs), [], []
@@ -210,8 +206,8 @@ def runs(script, parser, argv=None):
                 if len(mine) > 1:
                     run.title += f", run {mine.index(run.job) + 1} of {len(mine)}"
                 run.errors = note_failure(run.title, failed, len(mine) > 1)
-                if run.id in done or recorded(run):
-                    print(f"{run.title}: already in {args.out}; another --out repeats it")
+                if run.id in done or records.has(run):
+                    print(f"{run.title}: already in {args.out}; to repeat it, give another --out")
                 else:
                     torch.manual_seed(run.seed)
                     yield run
@@ -290,19 +286,6 @@ def runs_on(dataset, jobs, script, args):
                   identities)
 
 
-def recorded(run):
-    """Whether --out holds this run, with all targets of --transfer on the same images."""
-    args = run.args
-    if args.save or args.export or args.predict:
-        return False
-    wanted = {part.name: run.identities[part.name] for part in run.parts if part.transfer}
-    for record in records.read(args.out)[0]:
-        has = {name: target["data"] for name, target in record["transfer"].items()}
-        if record["run"] == run.id and wanted.items() <= has.items():
-            return True
-    return False
-
-
 # ---------------------------------------------------------------- CLIP
 
 @dataclass
@@ -316,15 +299,15 @@ class Clip:
     preprocess: object          # PIL image -> uint8 tensor (3, H, W): CLIP's own resize and crop
     logit_scale: float          # tau: exp of the parameter that CLIP calls logit_scale
     device: str
-    amp: bool                   # whether prompts are trained under autocast to bf16
+    amp: bool                   # whether prompts are trained and tested under autocast to bf16
     class_chunk: int
     name: str                   # of the backbone, as recorded
     activation: str
     weights: str                # digest of weights, architecture and activation
-    image_key: str              # digest of all that image features depend on beside the image
+    image_key: str              # digest of the image encoder and its preprocessing
 
     def autocast(self):
-        """Return the context for the text encoder: bf16 on a GPU that has it, else fp32."""
+        """Return the context for a prompt's encoders: bf16 on a GPU that has it, else fp32."""
         return torch.autocast(self.device, torch.bfloat16, enabled=self.amp)
 
     @property
@@ -335,7 +318,7 @@ class Clip:
                         RandomHorizontalFlip(), PILToTensor()])
 
     def pixels(self, images):
-        """Return uint8 images (n, 3, H, W) as floats, normalized as CLIP was trained."""
+        """Return uint8 images (n, 3, H, W) as floats, normalized with CLIP's mean and std."""
         config = self.model.visual.preprocess_cfg
         return features.normalize(images, config["mean"], config["std"])
 
@@ -350,13 +333,14 @@ def load_clip(backbone=f"local-dir:{TINY_CLIP}", pretrained="", device="cpu", pr
     """Return the Clip of --backbone and --pretrained.
 
     Raises Problem if there is no such model, no weights, or a text encoder that is not CLIP's."""
-    torch.manual_seed(0)                                        # of --pretrained random
+    torch.manual_seed(0)                                        # for --pretrained random
     found = weights.create(backbone, pretrained, chosen)
-    if found["text"].positional_embedding.shape[1] < 256 and "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(1)    # threads gain nothing on matrices so small, and wait actively
+    if "OMP_NUM_THREADS" not in os.environ:     # on small matrices threads gain nothing, and spin
+        small = found["text"].positional_embedding.shape[1] < 256
+        torch.set_num_threads(1 if small else THREADS)
     if device == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
-        torch.backends.cudnn.allow_tf32 = False     # fp32 is fp32 in convolutions, too
+        torch.backends.cudnn.allow_tf32 = False     # fp32 means fp32 in convolutions, too
     model, dtype = found["model"].to(device), feature_dtype(device, precision)
     visual = model.visual if dtype == torch.float32 else copy.deepcopy(model.visual).to(dtype)
     return Clip(visual=visual, dtype=dtype, logit_scale=model.logit_scale.exp().item(),
@@ -379,7 +363,7 @@ def feature_dtype(device, precision):
 
 
 def backbone_name(backbone):
-    """Return a backbone's name for the record: "tiny_clip", wherever the repository lies."""
+    """Return a backbone's name for the record: "tiny_clip", wherever the repository is."""
     folder = Path(backbone.removeprefix("local-dir:")).resolve()
     return "tiny_clip" if folder == TINY_CLIP else backbone
 
@@ -412,10 +396,10 @@ def choose(data, items, which):
 
 
 def choose_tests(data, args):
-    """Return the data set as it is tested: on --validation images, on at most --test-images.
+    """Return the data set as it is tested: on --validation images, on about --test-images of them.
 
-    A sample has equally many images of each class, at least one, and is the same for every method
-    and seed."""
+    That many are drawn at random, equally many of each class and at least one, the same for every
+    method and seed."""
     data = copy.copy(data)
     if args.validation and len({item.label for item in data.val}) < len(data.classnames):
         raise Problem(f"{data.name}: --validation: there are classes with no validation images")
@@ -439,8 +423,8 @@ def add_contents(items, cache):
 def encode_images(clip, data, items, cache=None, views=None, encode=None, kind=""):
     """Return image features f(x), unit-norm: (N, D), or (N, V, D) of augmented `views`.
 
-    cache   the folder where they are kept: each is computed once, whoever asks (None: not kept)
-    views   numbers of augmented views; number k of an image always looks the same
+    cache   the folder where they are kept, for all runs (None: not kept)
+    views   numbers of augmented views; view k of an image looks the same in every run
     encode  another function than CLIP's image encoder, pixels (n, 3, H, W) -> (n, ...)
     kind    its name in the cache
     Raises Problem at an image that is missing or cannot be read."""
@@ -491,7 +475,7 @@ def start_end(clip):
 
 
 def name_embeddings(clip, classnames):
-    """Return for every class the embeddings of its name, (l, W), and of the "." behind it, (1, W).
+    """Return for every class the embeddings of its name, (l, W), and of the "." after it, (1, W).
 
     They are tokenized together, as in the authors' code, and then split."""
     pairs = []
@@ -506,11 +490,11 @@ def encode_text(clip, shared, own):
     """Return class features w_c = g(prompt of c), unit-norm, (C, D).
 
     shared  parts that all prompts begin with: a list of embeddings (l, W)
-    own     for every class a list of the parts behind them; the last one ends with the end token,
+    own     for every class a list of the parts after them; the last one ends with the end token,
             where the encoder is read
     Raises Problem if a prompt is longer than the encoder reads.
 
-    CLIP pads to 77 tokens. Its text encoder is causal: tokens behind the end token change nothing,
+    CLIP pads to 77 tokens. Its text encoder is causal: tokens after the end token change nothing,
     and the states of the shared tokens are the same for all classes. So prompts are only as long as
     the longest, and the shared tokens go through the encoder once; the others attend to them."""
     text, past = clip.text, []
@@ -548,7 +532,9 @@ def queries_keys_values(block, x):
 
 
 def add_attention(block, x, attended):
-    """The second half: attended values (C, heads, L, W / heads), then the MLP, both added to x."""
+    """The second half: attended values (C, heads, L, W / heads), then the MLP, both added to x.
+
+    ls_1 and ls_2, open_clip's LayerScale, do nothing in OpenAI's models."""
     x = x + block.ls_1(block.attn.out_proj(attended.transpose(1, 2).flatten(2)))
     return x + block.ls_2(block.mlp(block.ln_2(x)))
 
@@ -562,8 +548,8 @@ def text_feature(text, x):
 def pad(prompts):
     """Return prompts of different lengths as one tensor (C, L, W), and their last places (C,).
 
-    prompts  for every class a list of parts (l, W). Behind a prompt's end stands anything: the
-             causal encoder does not look there."""
+    prompts  for every class a list of parts (l, W). A prompt's last token is repeated after its
+             end, where the causal encoder never looks."""
     flat = torch.cat([part for parts in prompts for part in parts])             # (sum of l, W)
     lengths = torch.tensor([sum(map(len, parts)) for parts in prompts])
     first = lengths.cumsum(0) - lengths
@@ -576,8 +562,8 @@ def pad(prompts):
 def in_chunks(clip, encode, prompts):
     """Return encode(prompts), a list of tensors (C, ...), computed --class-chunk prompts at a time.
 
-    Activations of a chunk are not kept for the backward pass but computed again in it: memory
-    stays flat as classes grow."""
+    The activations of several chunks are not kept for the backward pass but computed again in it:
+    memory stays flat as classes grow."""
     size = clip.class_chunk
     chunks = [prompts[c:c + size] for c in range(0, len(prompts), size)]
     if len(chunks) > 1 and torch.is_grad_enabled():
@@ -661,26 +647,15 @@ class Run:
         self.title = f"{self.data.name}, {self.shots}-shot, seed {self.seed}"
         if origin:
             self.title += f", prompt of {args.load}"
-        self.setting = records.digest(
-            self.method, self.code, clip.weights, clip.dtype, clip.amp, self.protocol,
-            records.flags_that_matter(args),
-            [origin.get(name) for name in ("setting", "dataset", "data", "tensors")])
-        self.id = records.digest(
-            self.setting, self.identities[self.data.name], self.shots, self.seed,
-            [(item.content, item.label) for item in self.items])
-
-    def device_name(self):
-        """Return the device for the record."""
-        cuda = self.clip.device == "cuda"
-        return torch.cuda.get_device_name() if cuda else platform.machine()
+        self.setting, self.id = records.identify(self)
 
     # ------------------------------------------------ before the training
 
     def start(self, prompt):
-        """Encode all images, so that a bad one is found now; fill the prompt from --load.
+        """Encode the test images and the views of the sample, or load the prompt of --load.
 
-        A method that changes the image encoder (it has image_features) encodes its own training
-        images. Raises Problem: unreadable image, a prompt file that does not fit."""
+        A method that changes the image encoder (its prompt has image_features) encodes its own
+        training images. Raises Problem: unreadable image, a prompt file that does not fit."""
         args, self.began = self.args, time.time()
         if args.export and hasattr(prompt, "image_features"):
             raise Problem("--export: this method trains on pixels, not on features")
@@ -689,11 +664,11 @@ class Run:
         for part in self.parts:
             if part.features is None and part.items:
                 f = encode_images(self.clip, part.data, part.items, args.cache)
-                part.features = f.to(self.clip.device)
-                part.zero_shot = template_features(self.clip, part.data.template, part.classnames)
-                if not (f.isfinite().all() and part.zero_shot.isfinite().all()):
+                h = template_features(self.clip, part.data.template, part.classnames)
+                if not (f.isfinite().all() and h.isfinite().all()):
                     raise Problem(f"--backbone {args.backbone} {args.pretrained}: its features are "
                                   "not finite, so its weights cannot be right")
+                part.features, part.zero_shot = f.to(self.clip.device), h
         if args.load:
             self.load(prompt)
         elif not hasattr(prompt, "image_features"):
@@ -711,7 +686,7 @@ class Run:
         file, tensors = self.args.load, features.read_whole(self.args.load, "--load")
         if features.tensor_digest(tensors) != self.args.origin["tensors"]:
             raise Problem(f"--load {file}: is damaged: its tensors have changed")
-        for name, buffer in prompt.named_buffers():     # may have another length in the file
+        for name, buffer in prompt.named_buffers(recurse=False):     # lengths may differ
             if name in tensors and buffer.shape[1:] == tensors[name].shape[1:]:
                 setattr(prompt, name, tensors[name].to(buffer))
         found, wanted = ({name: (tuple(t.shape), t.dtype) for name, t in state.items()}
@@ -815,13 +790,15 @@ class Run:
         """Evaluate a prompt; save, record and print it.
 
         prompt  a Module with class_features(part) -> (C, D)
-        more    what the method has to tell beside what it logged"""
+        more    what the method has to tell besides what it logged"""
         args = self.args
         self.check_finite(*prompt.parameters())
         rows = {part.name: self.evaluate(prompt, part) for part in self.parts if part.items}
         if rows:
+            cuda = self.clip.device == "cuda"
             more = {**self.history(), **more, "seconds": time.time() - self.began,
-                    "parameters": sum(p.numel() for p in prompt.parameters())}
+                    "parameters": sum(p.numel() for p in prompt.parameters()),
+                    "device": torch.cuda.get_device_name() if cuda else platform.machine()}
             record = records.record_of(self, rows, more)
             records.append(args.out, record)        # before what follows, which may fail
         if args.save:
@@ -843,7 +820,7 @@ class Run:
     def predict(self, prompt, top=5):
         """Print the likeliest classes of the images of --predict, with probabilities in percent."""
         data = copy.copy(self.data)
-        data.own = True             # phone photographs: upright, without alpha
+        data.own = True             # phone photographs: turn them upright, drop alpha
         items = [Item(file, 0) for file in self.args.predict]
         classes = list(enumerate(data.classnames))
         part = Part("predict", data, items, classes if self.parts[0].items else self.classes)

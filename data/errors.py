@@ -111,3 +111,11 @@ def nonempty(value):
     if not value.strip():
         raise argparse.ArgumentTypeError("is empty")
     return value
+
+
+def words(value):
+    """An argparse type: the words of a context, which may also be written a_photo_of_a."""
+    found = " ".join(value.replace("_", " ").split())
+    if not found or set("{}") & set(found):
+        raise argparse.ArgumentTypeError(f"{value!r}: wants words, and no braces")
+    return found

@@ -1,20 +1,15 @@
 """The scripts reproduce the vectors of tests/reference (or $REFERENCE_DIR); see its README.md."""
 
-import json
 import os
 from pathlib import Path
 
 import pytest
 import torch
-from reference.make import COLUMNS, blends, entries, file_name, follow, read, tokens
+from reference.make import COLUMNS, blends, entries, file_name, follow, read
 
 HERE = Path(__file__).parent / "reference"
 FILES = sorted(Path(os.environ.get("REFERENCE_DIR", HERE)).glob("*.npz"))
 EARLY = {"image_features", "images", "zero_shot_logits", "gradient_used_0", "mixed_features"}
-
-
-def by_name(file):
-    return file.name
 
 
 def close(found, expected, tolerance, what):
@@ -25,7 +20,7 @@ def close(found, expected, tolerance, what):
     assert error < tolerance, f"{what}: relative error {error:.2e}"
 
 
-@pytest.mark.parametrize("file", FILES, ids=by_name)
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.name)
 def test_a_script_trains_as_in_the_reference(file):
     """1e-4 before the first step, 1e-3 after it; each column of the log by itself.
 
@@ -48,13 +43,6 @@ def test_a_script_trains_as_in_the_reference(file):
         before = torch.tensor([config["blend_text"], config["blend_visual"]])
         after = torch.tensor([config["blend_text_after"], config["blend_visual_after"]])
         close(blends(training.prompt) - before, after - before, 2e-3, "growth of the blends")
-
-
-@pytest.mark.parametrize("file", sorted(HERE.glob("*.npz")), ids=by_name)
-def test_the_json_file_holds_the_same_config_and_the_tokenizers_numbers(file):
-    config, _ = read(file)
-    beside = json.loads(file.with_suffix(".json").read_text())
-    assert beside == {"config": config, "tokens": tokens(config)}
 
 
 def test_there_are_references_of_every_method():

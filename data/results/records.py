@@ -83,6 +83,17 @@ def data_identity(data):
                   train, test)
 
 
+def identify(run):
+    """Return the digests `setting` and `run` of a run."""
+    clip, origin = run.clip, run.args.origin or {}
+    setting = digest(run.method, run.code, clip.weights, clip.dtype, clip.amp, run.protocol,
+                     flags_that_matter(run.args),
+                     [origin.get(name) for name in ("setting", "dataset", "data", "tensors")])
+    sample = [(item.content, item.label) for item in run.items]
+    data = run.identities[run.data.name]
+    return setting, digest(setting, data, run.shots, run.seed, sample)
+
+
 # ---------------------------------------------------------------- what a run writes
 
 def record_of(run, rows, more):
@@ -122,8 +133,7 @@ def record_of(run, rows, more):
         "code": run.code, "weights": run.clip.weights, **more,
         "flags": {name: value for name, value in vars(run.args).items()
                   if name not in ("typed", "defaults", "origin")},
-        "versions": {name: metadata.version(name) for name in ("torch", "open_clip_torch")},
-        "device": run.device_name()}
+        "versions": {name: metadata.version(name) for name in ("torch", "open_clip_torch")}}
 
 
 def per_class(classnames, counts):
@@ -178,6 +188,19 @@ def read(file):
         else:
             odd += bool(line.strip())
     return records, odd
+
+
+def has(run):
+    """Whether --out holds a run, with all targets of --transfer on the same images."""
+    args = run.args
+    if args.save or args.export or args.predict:        # these are wanted in any case
+        return False
+    wanted = {part.name: run.identities[part.name] for part in run.parts if part.transfer}
+    for record in read(args.out)[0]:
+        found = {name: target["data"] for name, target in record["transfer"].items()}
+        if record["run"] == run.id and wanted.items() <= found.items():
+            return True
+    return False
 
 
 def is_record(record):

@@ -30,7 +30,7 @@ from conftest import make_run  # noqa: E402
 TOKENIZER = open_clip.SimpleTokenizer()
 SMALL = {"embed": 128, "v_width": 128, "v_layers": 2, "patch": 8, "image": 32, "t_width": 128,
          "t_layers": 4, "ctx": 77, "vocab": 49408}
-COLUMNS = {"coop": ["loss"], "prograd": ["loss", "general_loss", "cosine"],
+COLUMNS = {"coop": ["loss"], "prograd": ["loss", "l_g", "cosine"],
            "mvp_mi": ["loss", "bound", "image_bound"], "restore": ["loss", "consistency"]}
 NAMES = ["Annual Crop Land", "Forest", "Herbaceous Vegetation Land", "Highway or Road",
          "Industrial Buildings"]
@@ -65,12 +65,16 @@ def clip_weight(name, shape):
 
 def file_name(name):
     """Return what the files call a parameter of restore.py."""
-    return name.replace("image_", "visual_")
+    for ours, theirs in {"P.": "text_prompts.", "Q.": "visual_prompts.",
+                         "image_surgery": "visual_surgery"}.items():
+        name = name.replace(ours, theirs)
+    return name
 
 
 def restore_start(name, shape):
-    """Return where RESTORE's parameter starts, except text_prompts.0, which starts as words."""
-    x = draw(f"restore/{file_name(name)}", shape).astype(np.float32)
+    """Return where RESTORE's parameter starts, except P.0, which starts as words."""
+    name = file_name(name)
+    x = draw(f"restore/{name}", shape).astype(np.float32)
     if name.endswith("norm.weight"):
         x = 1 + 0.1 * x
     elif name.endswith("bias") or "_prompts." in name:
@@ -96,8 +100,10 @@ def small_clip(**size):
 def as_clip(model):
     """Return an open_clip model as the scripts get it, on the CPU."""
     model.eval().requires_grad_(False)
-    return common.Clip(model, getattr(model, "text", model), model.visual, torch.float32, TOKENIZER,
-                       None, model.logit_scale.exp().item(), "cpu", False, 128, "", "")
+    return common.Clip(
+        model=model, text=getattr(model, "text", model), visual=model.visual, dtype=torch.float32,
+        tokenizer=TOKENIZER, preprocess=None, logit_scale=model.logit_scale.exp().item(),
+        device="cpu", amp=False, class_chunk=128, name="", activation="", weights="", image_key="")
 
 
 def images(config):
@@ -114,6 +120,11 @@ def noise(seed, shape):
 
 
 # ---------------------------------------------------------------- a script's training, step by step
+
+def blends(prompt):
+    """Return RESTORE's blends of the text's and the image's surgery, (2,)."""
+    return torch.stack([prompt.text_surgery.b, prompt.image_surgery.b])
+
 
 def flags(config):
     """Return the command line of what `config` says."""
@@ -164,7 +175,7 @@ def follow(config, clip=None, mixed=None):
     run.features, run.labels = f[:, None], y                            # (B, V = 1, D), (B,)
     template = config.get("template", run.data.template)
     run.data.prograd_template = template
-    run.data.template = "not for {}" if config["method"] == "prograd" else template
+    run.data.template = run.template = "not for {}" if config["method"] == "prograd" else template
     found = SimpleNamespace(config=config, run=run, log=[], gradients=[], rates=[], blends=[],
                             mixed=[])
 
@@ -182,7 +193,7 @@ def follow(config, clip=None, mixed=None):
         found.prompt = prompt
         found.made = parameters()
         for name, p in prompt.named_parameters():
-            if restore and name != "text_prompts.0":
+            if restore and name != "P.0":
                 p.copy_(restore_start(name, tuple(p.shape)))
             elif not restore and config["context_seed"] is not None:
                 p.copy_(noise(config["context_seed"], tuple(p.shape)))
@@ -199,7 +210,7 @@ def follow(config, clip=None, mixed=None):
     def log(epoch, **values):
         common.Run.log(run, epoch, **values)
         found.log.append({key: torch.as_tensor(value).detach() for key, value in values.items()})
-        found.blends.append(found.prompt.blend.clone() if restore else None)
+        found.blends.append(blends(found.prompt) if restore else None)
 
     def progress(numbers, **_):
         found.epochs = len(numbers)
@@ -236,7 +247,7 @@ def entries(t):
              "log": torch.tensor(columns)}
     if config["method"] == "restore":
         found["images"] = images(config)
-        found["text_prompts_0_initial"] = t.initial["text_prompts.0"]
+        found["text_prompts_0_initial"] = t.initial["P.0"]
         for name in ("shift_text", "shift_vision"):
             found[name] = torch.stack([step[name] for step in t.log])
         for name, p in t.prompt.named_parameters():
@@ -304,8 +315,8 @@ def write_own(folder):
         config, arrays = read(HERE / name)
         training = follow(config)
         if config["method"] == "restore":
-            blends = training.prompt.blend.tolist()
-            config["blend_text_after"], config["blend_visual_after"] = blends
+            after = blends(training.prompt).tolist()
+            config["blend_text_after"], config["blend_visual_after"] = after
         found = entries(training)
         write(folder / name, config, {entry: found[entry] for entry in arrays})
 
