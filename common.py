@@ -153,12 +153,12 @@ def take_from(args, origin):
             "pretrained": origin["pretrained"]}
     for name in records.OF_A_TEST:
         trained.pop(name)
-    if "dataset" not in args.typed:         # another data set has its own template
+    if args.typed.get("dataset", free["dataset"]) == free["dataset"]:   # others have their own
         free["template"] = origin["flags"]["template"]
     for name, value in trained.items():
         if args.typed.get(name, value) != value:
-            raise Problem(f"--load {args.load}: was trained with --{name.replace('_', '-')} "
-                          f"{value}, not {args.typed[name]}")
+            raise Problem(f"--load {args.load}: was not trained with --{name.replace('_', '-')} "
+                          + str(args.typed[name]).strip("[]"))
     for name, value in {**free, **trained, **args.typed}.items():
         setattr(args, name, value)
 
