@@ -1,26 +1,26 @@
-"""What the four methods share, in the order in which a run uses it. A script's main() is one loop:
+"""What the four methods share. A script's main() is one loop over the runs of a command:
 
-    runs            for every data set: read the flags, load and check everything;
+    runs            reads the flags. For every data set: load and check everything (runs_on);
                     for every number of shots and seed: draw the few-shot sample, and yield a Run
-      Prompt        the script's: class_features(part) -> (C, D), unit-norm; a method that changes
+      Prompt        the script's: class_features(part) -> (C, D), unit-norm. A method that changes
                     the image encoder has image_features(pixels) -> (n, D), too
-      Run.start     encode the images (kept in a cache), or load a saved prompt
-      train         the script's: for each epoch, for each batch of Run.batches
+      Run.start     encode the test images; then the sample's views, or load a saved prompt
+      train         the script's: for each epoch, for each batch of Run.batches: class features,
+                    loss, step, Run.log
       Run.finish    classify the test images; record, save, print
 
-All arithmetic of a run is here or in the method's script. data/ holds the rest: data sets and their
-files, pixels, the cache of image features, records and tables.
+All arithmetic of a run is here or in the method's script. data/ holds the rest: flags, data sets
+and their files, pixels, the cache of image features, records and tables.
 
-Shapes: N images, B of them in a mini-batch, V augmented views of each, C classes, M context
-vectors, L tokens (l of a name), S of them shared by all prompts, W the width of the text encoder,
-D the dimension of the features.
+Shapes: N images, B of them in a mini-batch, V augmented views of each, n some of them. C classes,
+c in a chunk. M context vectors, l tokens in a piece of a prompt; S tokens that all prompts share,
+and L after them. W the width of the text encoder, D the dimension of the features.
 """
 
 import sys
 
 from data.errors import (       # noqa: F401  the scripts use them, too
-    Parser, Problem, count, counts, nonempty, nonnegative, one_line_errors, positive, whole, wholes,
-    words)
+    Problem, count, nonnegative, one_line_errors, positive, whole, words)
 
 if __name__ == "__main__":      # python common.py: tables of recorded runs, without importing torch
     from data.results import tables
@@ -28,7 +28,6 @@ if __name__ == "__main__":      # python common.py: tables of recorded runs, wit
         tables.main()
     sys.exit()
 
-import argparse
 import contextlib
 import copy
 import functools
@@ -51,140 +50,13 @@ from torchvision.transforms import (
 from tqdm import tqdm
 
 from data import checks, features, weights
-from data.load import Data, Item, check_template, dataset_names, is_embedded, load_data
+from data.flags import flags, parse, settle     # noqa: F401  flags: for the scripts
+from data.load import Data, Item, load_data
 from data.results import export, records, report
+from data.weights import TINY_CLIP
 
-HERE = Path(__file__).resolve().parent
 THREADS = torch.get_num_threads()
-TINY_CLIP = HERE / "data" / "world" / "tiny_clip"
 progress = functools.partial(tqdm, disable=None, leave=False)   # no bar without a terminal
-
-
-# ---------------------------------------------------------------- flags
-
-def flags(doc, lr, batch_size, n_ctx, embedded_lr=None):
-    """Return a parser with the flags of every method; a method adds its own.
-
-    embedded_lr  the default learning rate on the embedded data sets, if it is another one"""
-    p = Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter,
-               allow_abbrev=False)
-    p.learning_rates = lr, embedded_lr or lr
-    also = f"; embedded data: {embedded_lr}" if embedded_lr else ""
-
-    add = p.add_argument_group("data and CLIP").add_argument
-    add("--dataset", type=dataset_names, metavar="NAME,...",
-        help="data sets, folders of class folders, or all of 'embedded' or 'papers' (shapes)")
-    add("--data-root", type=nonempty, default=str(HERE / "data" / "sets"), metavar="DIR",
-        help="where data sets are, laid out as CoOp's users have them (data/sets)")
-    add("--template", type=check_template, metavar="TEXT",
-        help="hand-crafted prompt, {} for the class name; several, separated by |, are averaged")
-    add("--test-images", type=count, metavar="N",
-        help="test on a random sample of N images, equally many of each class (all)")
-    add("--validation", action="store_true",
-        help="test on the validation images instead: to choose settings")
-    add("--backbone", type=nonempty, metavar="NAME",
-        help="an open_clip model, or local-dir:PATH (embedded data: the tiny CLIP; else ViT-B-16)")
-    add("--pretrained", type=nonempty, metavar="TAG",
-        help="the weights: an open_clip tag, a file, or 'random' (openai)")
-    add("--device", choices=["cpu", "cuda"], help="(embedded data: cpu; else cuda if there is one)")
-    add("--precision", choices=["fp32", "amp"],
-        help="amp: image features and, on a GPU, training in 16 bits (amp on cuda, fp32 on cpu)")
-    add("--class-chunk", type=count, metavar="N",
-        help="classes per pass of the text encoder: fewer, less memory (cpu: 128, cuda: 1024)")
-
-    add = p.add_argument_group("training").add_argument
-    add("--shots", type=counts, default=[4], metavar="N,...",
-        help="training images per class (4)")
-    add("--seeds", type=wholes, default=[1], metavar="N,...", help="a run for each (1)")
-    add("--epochs", type=count, metavar="N",
-        help="passes over the training images (see the script)")
-    add("--lr", type=positive, help=f"learning rate ({lr}{also})")
-    add("--batch-size", type=count, default=batch_size, metavar="N",
-        help=f"training images per step ({batch_size})")
-    add("--views", type=whole, default=10, metavar="N",
-        help="random crops encoded once per training image; 0: new ones every epoch (10)")
-    add("--n-ctx", type=count, default=n_ctx, metavar="N",
-        help=f"learned context tokens ({n_ctx})")
-
-    add = p.add_argument_group("evaluation").add_argument
-    add("--base-to-new", action="store_true",
-        help="train on the first half of the classes, test each half among its own classes")
-    add("--transfer", type=dataset_names, default=[], metavar="NAME,...",
-        help="other data sets to test the prompt on")
-    add("--load", type=nonempty, metavar="FILE",
-        help="test this saved prompt, with its data set, template and CLIP, instead of training")
-    add("--predict", nargs="+", default=[], metavar="IMAGE", help="images to name the class of")
-
-    add = p.add_argument_group("output").add_argument
-    add("--out", type=nonempty, default="runs/results.jsonl", metavar="FILE",
-        help="a line of results is added here for every run (runs/results.jsonl)")
-    add("--save", type=nonempty, metavar="FILE", help="save the prompt of a single run")
-    add("--export", type=nonempty, metavar="FILE",
-        help="write the run, to repeat it in another framework (data/results/export.py)")
-    add("--cache", type=nonempty, metavar="DIR",
-        help="where image features are kept (DATA_ROOT/cache)")
-    return p
-
-
-def parse(parser, argv=None):
-    """Return the values of all flags; `typed` holds those that were given.
-
-    With --load, all flags of the training are the prompt file's. Raises Problem where the flags do
-    not go together."""
-    defaults, missing = vars(parser.parse_args([])), object()
-    given = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(defaults, missing)))
-    typed = {name: value for name, value in vars(given).items() if value is not missing}
-    args = argparse.Namespace(**{**defaults, **typed}, defaults=defaults, typed=typed)
-    args.cache = args.cache or os.path.join(args.data_root, "cache")
-    args.origin = records.read_origin(args.load) if args.load else None
-    if args.origin:
-        take_from(args, args.origin)
-    args.dataset = args.dataset or ["shapes"]
-    checks.flags(args)
-    return args
-
-
-def take_from(args, origin):
-    """Fill args from the origin of a saved prompt, see data/results/records.py.
-
-    A typed data set or CLIP wins; other flags of the training that contradict it raise Problem."""
-    trained = {"shots": [origin["shots"]], "seeds": [origin["seed"]], **origin["flags"]}
-    free = {"dataset": [origin["dataset"]], "backbone": origin["backbone"],
-            "pretrained": origin["pretrained"]}
-    for name in records.OF_A_TEST:
-        trained.pop(name)
-    if args.typed.get("dataset", free["dataset"]) == free["dataset"]:   # others have their own
-        free["template"] = origin["flags"]["template"]
-    for name, value in trained.items():
-        if args.typed.get(name, value) != value:
-            raise Problem(f"--load {args.load}: was not trained with --{name.replace('_', '-')} "
-                          + str(args.typed[name]).strip("[]"))
-    for name, value in {**free, **trained, **args.typed}.items():
-        setattr(args, name, value)
-
-
-def settle(args, parser, dataset):
-    """Return a copy of the flags for one data set, with every default filled in."""
-    args, embedded = copy.copy(args), is_embedded(dataset)
-    tiny = f"local-dir:{TINY_CLIP}"
-    args.dataset = dataset
-    args.lr = args.lr or parser.learning_rates[embedded]
-    args.backbone = args.backbone or (tiny if embedded else "ViT-B-16")
-    if args.backbone == "tiny_clip":
-        args.backbone = tiny
-    local = args.backbone.startswith("local-dir:")
-    if local and args.pretrained:
-        raise Problem(f"--pretrained {args.pretrained}: {backbone_name(args.backbone)} holds its "
-                      "own weights; another --backbone takes a tag")
-    args.pretrained = args.pretrained or ("" if local else "openai")
-    cuda = torch.cuda.is_available()        # warns if the driver is too old
-    if args.device == "cuda" and not cuda:
-        raise Problem("--device cuda: PyTorch sees no CUDA device here; "
-                      "leave the flag out to use the CPU")
-    args.device = args.device or ("cuda" if cuda and not embedded else "cpu")
-    args.precision = args.precision or ("amp" if args.device == "cuda" else "fp32")
-    args.class_chunk = args.class_chunk or (1024 if args.device == "cuda" else 128)
-    return args
 
 
 # ---------------------------------------------------------------- the runs of a command
@@ -195,8 +67,8 @@ def runs(script, parser, argv=None):
     script  the method's __file__
 
     Skips runs that --out has already. Under torchrun every process takes its share. If there are
-    several runs, a run or data set that fails is named at the end, and the others go on: errors in
-    here are noted by the `with` here, those of the script by its `with run.errors`."""
+    several runs, a user error ends only one of them, or those on its data set, and is named at the
+    end. Errors while loading are caught here, those of a run by the script's `with run.errors`."""
     args = parse(parser, argv)
     jobs = list(itertools.product(args.dataset, args.shots, args.seeds))
     mine, done, failed = share(jobs), [], []
@@ -250,7 +122,7 @@ def runs_on(dataset, jobs, script, args):
     method, origin = Path(script).stem, args.origin
     if origin and args.predict and not {"dataset", "transfer", "base_to_new"} & {*args.typed}:
         classnames, template = [name for _, name in origin["classes"]], origin["template"]
-        sets = [Data(dataset, classnames, template, template)]      # needs no images
+        sets = [Data(dataset, classnames, template, template)]      # the prompt file tells enough
     else:
         sets = [load_data(name, args.data_root, None if k else args.template)
                 for k, name in enumerate([dataset, *args.transfer])]
@@ -284,6 +156,55 @@ def runs_on(dataset, jobs, script, args):
                 print(f"{dataset}: {len(known)} training images are test images as well")
         yield Run(job, method, code, args, clip, data, shots, seed, sample, classes, parts,
                   identities)
+
+
+# ---------------------------------------------------------------- few-shot samples, halves
+
+def few_shot(items, shots, seed):
+    """Return CoOp's few-shot sample, draw for draw: `shots` items of each label, or all it has.
+
+    Labels in order of first appearance. Reproduces the samples that CoOp's authors published."""
+    rng, by_label = random.Random(seed), {}
+    for item in items:
+        by_label.setdefault(item.label, []).append(item)
+    sample = []
+    for rows in by_label.values():
+        sample += rng.sample(rows, shots) if len(rows) >= shots else rows
+    return sample
+
+
+def choose(data, items, which):
+    """Return the items of "base", "new" or "all classes", labels from 0, and [(label, name)].
+
+    The base classes are the first ceil(C / 2) of a data set, the new classes the others."""
+    classes = list(enumerate(data.classnames))
+    m = math.ceil(len(classes) / 2)
+    classes = {"base": classes[:m], "new": classes[m:]}.get(which, classes)
+    places = {label: k for k, (label, _) in enumerate(classes)}
+    items = [item._replace(label=places[item.label]) for item in items if item.label in places]
+    return items, classes
+
+
+def choose_tests(data, args):
+    """Return the data set as it is tested: on --validation images, on about --test-images of them.
+
+    That many are drawn at random, equally many of each class and at least one, the same for every
+    method and seed."""
+    data = copy.copy(data)
+    if args.validation and len({item.label for item in data.val}) < len(data.classnames):
+        raise Problem(f"{data.name}: --validation: there are classes with no validation images")
+    data.test = data.val if args.validation else data.test
+    if args.test_images:
+        each = max(1, args.test_images // len(data.classnames))
+        data.test = few_shot(data.test, each, seed=0)
+    data.test = add_contents(data.test, args.cache)
+    return data
+
+
+def add_contents(items, cache):
+    """Return the items with digests of their image files, which are kept in the cache."""
+    contents = features.digest_files([str(item.path) for item in items], cache)
+    return [item._replace(content=content) for item, content in zip(items, contents)]
 
 
 # ---------------------------------------------------------------- CLIP
@@ -335,7 +256,7 @@ def load_clip(backbone=f"local-dir:{TINY_CLIP}", pretrained="", device="cpu", pr
     Raises Problem if there is no such model, no weights, or a text encoder that is not CLIP's."""
     torch.manual_seed(0)                                        # for --pretrained random
     found = weights.create(backbone, pretrained, chosen)
-    if "OMP_NUM_THREADS" not in os.environ:     # on small matrices threads gain nothing, and spin
+    if "OMP_NUM_THREADS" not in os.environ:     # on small matrices more threads only wait
         small = found["text"].positional_embedding.shape[1] < 256
         torch.set_num_threads(1 if small else THREADS)
     if device == "cuda":
@@ -345,7 +266,7 @@ def load_clip(backbone=f"local-dir:{TINY_CLIP}", pretrained="", device="cpu", pr
     visual = model.visual if dtype == torch.float32 else copy.deepcopy(model.visual).to(dtype)
     return Clip(visual=visual, dtype=dtype, logit_scale=model.logit_scale.exp().item(),
                 device=device, amp=device == "cuda" and dtype == torch.bfloat16,
-                class_chunk=class_chunk, name=backbone_name(backbone), **found)
+                class_chunk=class_chunk, name=weights.backbone_name(backbone), **found)
 
 
 def feature_dtype(device, precision):
@@ -360,61 +281,6 @@ def feature_dtype(device, precision):
         return torch.bfloat16
     print("--precision amp: this processor has no bf16 units, fp32 is faster here and is used")
     return torch.float32
-
-
-def backbone_name(backbone):
-    """Return a backbone's name for the record: "tiny_clip", wherever the repository is."""
-    folder = Path(backbone.removeprefix("local-dir:")).resolve()
-    return "tiny_clip" if folder == TINY_CLIP else backbone
-
-
-# ---------------------------------------------------------------- few-shot samples, halves
-
-def few_shot(items, shots, seed):
-    """Return CoOp's few-shot sample, draw for draw: `shots` items of each label, or all it has.
-
-    Labels in order of first appearance. Reproduces the samples that CoOp's authors published."""
-    rng, by_label = random.Random(seed), {}
-    for item in items:
-        by_label.setdefault(item.label, []).append(item)
-    sample = []
-    for rows in by_label.values():
-        sample += rng.sample(rows, shots) if len(rows) >= shots else rows
-    return sample
-
-
-def choose(data, items, which):
-    """Return the items of "base", "new" or "all classes", labels from 0, and [(label, name)].
-
-    Base are the first ceil(C / 2) classes of a data set, new the others."""
-    classes = list(enumerate(data.classnames))
-    m = math.ceil(len(classes) / 2)
-    classes = {"base": classes[:m], "new": classes[m:]}.get(which, classes)
-    places = {label: k for k, (label, _) in enumerate(classes)}
-    items = [item._replace(label=places[item.label]) for item in items if item.label in places]
-    return items, classes
-
-
-def choose_tests(data, args):
-    """Return the data set as it is tested: on --validation images, on about --test-images of them.
-
-    That many are drawn at random, equally many of each class and at least one, the same for every
-    method and seed."""
-    data = copy.copy(data)
-    if args.validation and len({item.label for item in data.val}) < len(data.classnames):
-        raise Problem(f"{data.name}: --validation: there are classes with no validation images")
-    data.test = data.val if args.validation else data.test
-    if args.test_images:
-        each = max(1, args.test_images // len(data.classnames))
-        data.test = few_shot(data.test, each, seed=0)
-    data.test = add_contents(data.test, args.cache)
-    return data
-
-
-def add_contents(items, cache):
-    """Return the items with digests of their image files, which are kept in the cache."""
-    contents = features.digest_files([str(item.path) for item in items], cache)
-    return [item._replace(content=content) for item, content in zip(items, contents)]
 
 
 # ---------------------------------------------------------------- image features
@@ -625,7 +491,7 @@ class Run:
     job: tuple                      # (data set, shots, seed) as the flags ask for it
     method: str
     code: str                       # digest of the script and the modules that compute
-    args: argparse.Namespace        # the flags, settled for this data set
+    args: object                    # the flags, settled for this data set
     clip: Clip
     data: Data
     shots: int
@@ -635,7 +501,7 @@ class Run:
     parts: list                     # of Part; shared by the runs on this data set
     identities: dict                # {data set: digest}, see data/results/records.py
     features: torch.Tensor = None   # f(x) of the sample's augmented views, (N, V, D)
-    logged: dict = field(default_factory=dict)
+    logged: dict = field(default_factory=dict)      # {name: {epoch: [tensor of each step]}}
     errors: object = field(default_factory=contextlib.nullcontext)  # around the work of this run
 
     def __post_init__(self):
@@ -652,7 +518,7 @@ class Run:
     # ------------------------------------------------ before the training
 
     def start(self, prompt):
-        """Encode the test images and the views of the sample, or load the prompt of --load.
+        """Encode the test images, and the views of the sample, or load the prompt of --load.
 
         A method that changes the image encoder (its prompt has image_features) encodes its own
         training images. Raises Problem: unreadable image, a prompt file that does not fit."""
@@ -734,8 +600,9 @@ class Run:
 
     def log(self, epoch, **values):
         """Note what a step computed, numbers or tensors; the record holds means over each epoch."""
-        if epoch not in self.logged.get("loss", [epoch]):
-            self.check_finite()         # once an epoch: a GPU is not made to wait at every step
+        losses = self.logged.get("loss")
+        if losses and epoch not in losses:      # once an epoch: a GPU need not wait at every step
+            self.check_finite()
         for name, value in values.items():
             steps = self.logged.setdefault(name, {}).setdefault(epoch, [])
             plain = torch.float64 if isinstance(value, float) else None
@@ -790,7 +657,7 @@ class Run:
         """Evaluate a prompt; save, record and print it.
 
         prompt  a Module with class_features(part) -> (C, D)
-        more    what the method has to tell besides what it logged"""
+        more    further values for the record, besides what was logged"""
         args = self.args
         self.check_finite(*prompt.parameters())
         rows = {part.name: self.evaluate(prompt, part) for part in self.parts if part.items}
@@ -823,7 +690,9 @@ class Run:
         data.own = True             # phone photographs: turn them upright, drop alpha
         items = [Item(file, 0) for file in self.args.predict]
         classes = list(enumerate(data.classnames))
-        part = Part("predict", data, items, classes if self.parts[0].items else self.classes)
+        if not self.parts[0].items:                     # without a data set: the prompt's classes
+            classes = self.classes
+        part = Part("predict", data, items, classes)
         part.features = encode_images(self.clip, data, items).to(self.clip.device)
         part.zero_shot = template_features(self.clip, data.template, part.classnames)
         both = [(self.clip.logit_scale * f @ w.T).softmax(-1).topk(min(top, len(part.classes)))

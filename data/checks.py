@@ -1,39 +1,6 @@
-"""Checks before a run: flags that do not go together, class names, saved prompts."""
-
-import os
+"""Checks before a run: data sets, class names, saved prompts."""
 
 from data.errors import Problem
-from data.results import records
-
-
-def flags(args):
-    """Raise Problem where flags do not go together, or where a run could not write its results."""
-    if len(set(args.transfer)) < len(args.transfer) or set(args.transfer) & set(args.dataset):
-        raise Problem("--transfer: names a data set twice, or the one that is learned")
-    if getattr(args, "class_specific", False) and (args.base_to_new or args.transfer):
-        raise Problem("--class-specific has no context for classes that were not learned: "
-                      "no --base-to-new, no --transfer")
-    if {"n_ctx", "ctx_init"} <= {*args.typed} and not args.defaults["ctx_init"] and not args.load:
-        raise Problem("--n-ctx beside --ctx-init: the words decide how many tokens are learned")
-    if args.views > 1000:
-        raise Problem(f"--views {args.views}: wants at most 1000")
-    runs = [(dataset, shots, seed) for dataset in args.dataset for shots in args.shots
-            for seed in args.seeds]
-    if len(set(runs)) < len(runs):
-        raise Problem("--dataset, --shots or --seeds name something twice")
-    for flag in ("load", "save", "export"):
-        if getattr(args, flag) and len(runs) > 1:
-            raise Problem(f"--{flag}: wants a single run")
-    if args.load and (args.save or args.export):
-        raise Problem("--load beside --save or --export: the prompt is trained already")
-    if args.export and not args.views:
-        raise Problem("--export: wants --views above 0")
-    files = {"results": args.out, "prompt": args.save, "export": args.export}
-    files = {kind: file for kind, file in files.items() if file}
-    if len({os.path.realpath(file) for file in files.values()}) < len(files):
-        raise Problem("--out, --save and --export name the same file")
-    for kind, file in files.items():
-        records.check_output(file, kind)
 
 
 def protocol(data, args):

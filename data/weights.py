@@ -15,6 +15,7 @@ from torchvision.transforms import CenterCrop, Compose, PILToTensor, Resize
 from data.errors import Problem
 from data.features import digest, tensor_digest
 
+TINY_CLIP = Path(__file__).resolve().parent / "world" / "tiny_clip"
 OFFLINE = ("; to try the command without weights: --pretrained random; "
            "`python prograd.py` needs no download")
 
@@ -158,3 +159,9 @@ def is_causal(text):
     return (type(blocks[0]) is open_clip.transformer.ResidualAttentionBlock
             and getattr(text, "attn_mask", None) is not None
             and getattr(text, "cls_emb", None) is None)
+
+
+def backbone_name(backbone):
+    """Return a backbone's name for the record: "tiny_clip", wherever the repository is."""
+    folder = Path(backbone.removeprefix("local-dir:")).resolve()
+    return "tiny_clip" if folder == TINY_CLIP else backbone

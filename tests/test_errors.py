@@ -6,6 +6,7 @@ import multiprocessing
 import subprocess
 import sys
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,6 +19,8 @@ import coop
 import restore
 from data.errors import Problem
 from data.results import records
+
+HERE = Path(common.__file__).parent
 
 
 # ---------------------------------------------------------------- flags
@@ -146,11 +149,11 @@ def test_a_command_ends_in_one_line(cli, monkeypatch, error, status, words):
 
 def test_an_old_python_is_told_so_before_anything_else():
     code = "import sys; sys.version_info = (3, 10, 9); import common"
-    run = subprocess.run([sys.executable, "-c", code], cwd=common.HERE, capture_output=True)
+    run = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True)
     assert run.returncode == 1 and run.stderr == b"this repository needs Python 3.11.4 or newer\n"
 
 
 def test_a_closed_pipe_is_no_error():
     pipe = f"set -o pipefail; {sys.executable} common.py --data | true"
-    run = subprocess.run(["bash", "-c", pipe], cwd=common.HERE, capture_output=True)
+    run = subprocess.run(["bash", "-c", pipe], cwd=HERE, capture_output=True)
     assert run.returncode == 141 and not run.stderr

@@ -12,7 +12,8 @@ from test_runs import METHODS, QUICK
 
 import common
 
-README = (common.HERE / "README.md").read_text()
+HERE = Path(common.__file__).parent
+README = (HERE / "README.md").read_text()
 PATCHES = re.findall(r"```diff\n(--- a/(\w+)\.py\n.*?)```", README, re.S)
 
 
@@ -42,7 +43,7 @@ def test_every_command_is_understood(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("patch, name", PATCHES, ids=[name for _, name in PATCHES])
 def test_a_patch_fits_and_runs(patch, name, cli, tmp_path, monkeypatch):
-    original = common.HERE / f"{name if name in METHODS else 'coop'}.py"
+    original = HERE / f"{name if name in METHODS else 'coop'}.py"
     script = tmp_path / f"{name}.py"
     script.write_text(original.read_text())
     subprocess.run(["git", "apply", "-"], cwd=tmp_path, input=patch, text=True, check=True)
@@ -65,4 +66,4 @@ def test_the_python_example_runs(root, monkeypatch, capsys):
 def test_patches_and_pictures_are_there():
     assert [name for _, name in PATCHES] == ["prograd", "kgcoop"]
     pictures = re.findall(r"!\[[^]]+\]\(([^)]+)\)", README)
-    assert len(pictures) > 1 and all((common.HERE / picture).is_file() for picture in pictures)
+    assert len(pictures) > 1 and all((HERE / picture).is_file() for picture in pictures)

@@ -1,0 +1,171 @@
+"""The flags of the four methods: what they are, what --load fills in, what goes together."""
+
+import argparse
+import copy
+import os
+from pathlib import Path
+
+import torch
+
+from data.errors import Parser, Problem, count, counts, nonempty, positive, whole, wholes
+from data.load import check_template, dataset_names, is_embedded
+from data.results import records
+from data.weights import TINY_CLIP, backbone_name
+
+SETS = Path(__file__).resolve().parent / "sets"
+
+
+def flags(doc, lr, batch_size, n_ctx, embedded_lr=None):
+    """Return a parser with the flags of every method; a method adds its own.
+
+    embedded_lr  the default learning rate on the embedded data sets, if it differs"""
+    p = Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter,
+               allow_abbrev=False)
+    p.learning_rates = lr, embedded_lr or lr
+    also = f"; embedded data: {embedded_lr}" if embedded_lr else ""
+
+    add = p.add_argument_group("data and CLIP").add_argument
+    add("--dataset", type=dataset_names, metavar="NAME,...",
+        help="data sets, folders of class folders, or all of 'embedded' or 'papers' (shapes)")
+    add("--data-root", type=nonempty, default=str(SETS), metavar="DIR",
+        help="where data sets are, laid out as CoOp's users have them (data/sets)")
+    add("--template", type=check_template, metavar="TEXT",
+        help="hand-crafted prompt, {} for the class name; several, separated by |, are averaged")
+    add("--test-images", type=count, metavar="N",
+        help="test on a random sample of N images, equally many of each class (all)")
+    add("--validation", action="store_true",
+        help="test on the validation images instead: to choose settings")
+    add("--backbone", type=nonempty, metavar="NAME",
+        help="an open_clip model, or local-dir:PATH (embedded data: the tiny CLIP; else ViT-B-16)")
+    add("--pretrained", type=nonempty, metavar="TAG",
+        help="the weights: an open_clip tag, a file, or 'random' (openai)")
+    add("--device", choices=["cpu", "cuda"], help="(embedded data: cpu; else cuda if there is one)")
+    add("--precision", choices=["fp32", "amp"],
+        help="amp: image features and, on a GPU, training in 16 bits (amp on cuda, fp32 on cpu)")
+    add("--class-chunk", type=count, metavar="N",
+        help="classes per pass of the text encoder: fewer, less memory (cpu: 128, cuda: 1024)")
+
+    add = p.add_argument_group("training").add_argument
+    add("--shots", type=counts, default=[4], metavar="N,...",
+        help="training images per class (4)")
+    add("--seeds", type=wholes, default=[1], metavar="N,...", help="a run for each (1)")
+    add("--epochs", type=count, metavar="N",
+        help="passes over the training images (see the script)")
+    add("--lr", type=positive, help=f"learning rate ({lr}{also})")
+    add("--batch-size", type=count, default=batch_size, metavar="N",
+        help=f"training images per step ({batch_size})")
+    add("--views", type=whole, default=10, metavar="N",
+        help="random crops encoded once per training image; 0: new ones every epoch (10)")
+    add("--n-ctx", type=count, default=n_ctx, metavar="N",
+        help=f"learned context tokens ({n_ctx})")
+
+    add = p.add_argument_group("evaluation").add_argument
+    add("--base-to-new", action="store_true",
+        help="train on the first half of the classes, test each half among its own classes")
+    add("--transfer", type=dataset_names, default=[], metavar="NAME,...",
+        help="other data sets to test the prompt on")
+    add("--load", type=nonempty, metavar="FILE",
+        help="test this saved prompt, with its data set, template and CLIP, instead of training")
+    add("--predict", nargs="+", default=[], metavar="IMAGE", help="images to name the class of")
+
+    add = p.add_argument_group("output").add_argument
+    add("--out", type=nonempty, default="runs/results.jsonl", metavar="FILE",
+        help="a line of results is added here for every run (runs/results.jsonl)")
+    add("--save", type=nonempty, metavar="FILE", help="save the prompt of a single run")
+    add("--export", type=nonempty, metavar="FILE",
+        help="write the run, to repeat it in another framework (data/results/export.py)")
+    add("--cache", type=nonempty, metavar="DIR",
+        help="where image features are kept (DATA_ROOT/cache)")
+    return p
+
+
+def parse(parser, argv=None):
+    """Return the values of all flags; `typed` holds those that were given.
+
+    With --load, flags of the training come from the prompt file. Raises Problem where flags do not
+    go together."""
+    defaults, missing = vars(parser.parse_args([])), object()
+    given = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(defaults, missing)))
+    typed = {name: value for name, value in vars(given).items() if value is not missing}
+    args = argparse.Namespace(**{**defaults, **typed}, defaults=defaults, typed=typed)
+    args.cache = args.cache or os.path.join(args.data_root, "cache")
+    args.origin = records.read_origin(args.load) if args.load else None
+    if args.origin:
+        take_from(args, args.origin)
+    args.dataset = args.dataset or ["shapes"]
+    check(args)
+    return args
+
+
+def take_from(args, origin):
+    """Fill args from the origin of a saved prompt, see data/results/records.py.
+
+    A typed data set or CLIP wins; other flags of the training that contradict it raise Problem."""
+    trained = {"shots": [origin["shots"]], "seeds": [origin["seed"]], **origin["flags"]}
+    free = {"dataset": [origin["dataset"]]}
+    if "backbone" not in args.typed:
+        free |= {"backbone": origin["backbone"], "pretrained": origin["pretrained"]}
+    for name in records.OF_A_TEST:
+        trained.pop(name)
+    if args.typed.get("dataset", free["dataset"]) == free["dataset"]:   # others have their own
+        free["template"] = origin["flags"]["template"]
+    for name, value in trained.items():
+        if args.typed.get(name, value) != value:
+            raise Problem(f"--load {args.load}: was not trained with --{name.replace('_', '-')} "
+                          + str(args.typed[name]).strip("[]"))
+    for name, value in {**free, **trained, **args.typed}.items():
+        setattr(args, name, value)
+
+
+def settle(args, parser, dataset):
+    """Return a copy of the flags for one data set, with the defaults that depend on it."""
+    args, embedded = copy.copy(args), is_embedded(dataset)
+    tiny = f"local-dir:{TINY_CLIP}"
+    args.dataset = dataset
+    args.lr = args.lr or parser.learning_rates[embedded]
+    args.backbone = args.backbone or (tiny if embedded else "ViT-B-16")
+    if args.backbone == "tiny_clip":
+        args.backbone = tiny
+    local = args.backbone.startswith("local-dir:")
+    if local and args.pretrained:
+        raise Problem(f"--pretrained {args.pretrained}: {backbone_name(args.backbone)} holds its "
+                      "own weights; another --backbone takes a tag")
+    args.pretrained = args.pretrained or ("" if local else "openai")
+    cuda = torch.cuda.is_available()        # warns if the driver is too old
+    if args.device == "cuda" and not cuda:
+        raise Problem("--device cuda: PyTorch sees no CUDA device here; "
+                      "leave the flag out to use the CPU")
+    args.device = args.device or ("cuda" if cuda and not embedded else "cpu")
+    args.precision = args.precision or ("amp" if args.device == "cuda" else "fp32")
+    args.class_chunk = args.class_chunk or (1024 if args.device == "cuda" else 128)
+    return args
+
+
+def check(args):
+    """Raise Problem where flags do not go together, or where a run could not write its results."""
+    if len(set(args.transfer)) < len(args.transfer) or set(args.transfer) & set(args.dataset):
+        raise Problem("--transfer: names a data set twice, or the one that is learned")
+    if getattr(args, "class_specific", False) and (args.base_to_new or args.transfer):
+        raise Problem("--class-specific has no context for classes that were not learned: "
+                      "no --base-to-new, no --transfer")
+    if {"n_ctx", "ctx_init"} <= {*args.typed} and not args.defaults["ctx_init"] and not args.load:
+        raise Problem("--n-ctx beside --ctx-init: the words decide how many tokens are learned")
+    if args.views > 1000:
+        raise Problem(f"--views {args.views}: wants at most 1000")
+    runs = [(dataset, shots, seed) for dataset in args.dataset for shots in args.shots
+            for seed in args.seeds]
+    if len(set(runs)) < len(runs):
+        raise Problem("--dataset, --shots or --seeds name something twice")
+    for flag in ("load", "save", "export"):
+        if getattr(args, flag) and len(runs) > 1:
+            raise Problem(f"--{flag}: wants a single run")
+    if args.load and (args.save or args.export):
+        raise Problem("--load beside --save or --export: the prompt is trained already")
+    if args.export and not args.views:
+        raise Problem("--export: wants --views above 0")
+    files = {"results": args.out, "prompt": args.save, "export": args.export}
+    files = {kind: file for kind, file in files.items() if file}
+    if len({os.path.realpath(file) for file in files.values()}) < len(files):
+        raise Problem("--out, --save and --export name the same file")
+    for kind, file in files.items():
+        records.check_output(file, kind)
