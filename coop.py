@@ -63,7 +63,7 @@ class Prompt(torch.nn.Module):
         return common.encode_text(self.clip, [sot], prompts)
 
     def class_features(self, part):
-        """Return the class features of the classes that a part of the test has, (C, D)."""
+        """Return the class features of part.classnames, (C, D)."""
         return self(common.name_embeddings(self.clip, part.classnames))
 
 

@@ -88,7 +88,7 @@ class Prompt(torch.nn.Module):
         return common.encode_text(self.clip, [sot], prompts)
 
     def class_features(self, part):
-        """Return u_c for the classes that a part of the test has, (C, D)."""
+        """Return u_c of part.classnames, (C, D)."""
         w = self(common.name_embeddings(self.clip, part.classnames))
         if self.template is None:
             return w

@@ -147,7 +147,7 @@ class Prompt(torch.nn.Module):
         return visual.ln_post(states[-1]) @ visual.proj, torch.stack(states, 1)
 
     def class_features(self, part):
-        """Return the class features w_c of the classes of a test, (C, D)."""
+        """Return the class features w_c of part.classnames, (C, D)."""
         names = common.name_embeddings(self.clip, part.classnames)
         return self.text_surgery(self.encode_text(names, self.P)[0])
 
