@@ -363,46 +363,42 @@ def encode_text(clip, shared, own):
     CLIP pads to 77 tokens. Its text encoder is causal: tokens after the end token change nothing,
     and the states of the shared tokens are the same for all classes. So prompts are only as long as
     the longest, and the shared tokens go through the encoder once; the others attend to them."""
-    text, past = clip.text, []
-    x = torch.cat(shared)                                               # (S, W)
+    text, x = clip.text, torch.cat(shared)                              # (S, W)
     skip = len(x)
     check_length(clip, skip + max(sum(map(len, parts)) for parts in own))
-    x = (x + text.positional_embedding[:skip])[None]                    # (1, S, W)
-    for block in text.transformer.resblocks:
-        q, k, v = queries_keys_values(block, x)                         # (1, heads, S, W / heads)
-        x = add_attention(block, x, F.scaled_dot_product_attention(q, k, v, is_causal=True))
-        past.append((k, v))
+    _, past = through_blocks(text, (x + text.positional_embedding[:skip])[None], [])
 
     def encode(some):
         x, last = pad(some)                                             # (c, L, W), (c,)
-        length = x.shape[1]
-        x = x + text.positional_embedding[skip:skip + length]
-        sees = torch.ones(length, skip + length, dtype=torch.bool, device=x.device).tril(skip)
-        for block, (old_k, old_v) in zip(text.transformer.resblocks, past):
-            q, k, v = queries_keys_values(block, x)                     # (c, heads, L, W / heads)
-            k = torch.cat([old_k.expand(len(x), -1, -1, -1), k], 2)
-            v = torch.cat([old_v.expand(len(x), -1, -1, -1), v], 2)
-            x = add_attention(block, x, F.scaled_dot_product_attention(q, k, v, attn_mask=sees))
+        x = x + text.positional_embedding[skip:skip + x.shape[1]]
+        x, _ = through_blocks(text, x, past)
         return (text_feature(text, x[torch.arange(len(x), device=x.device), last]),)
 
     (w,) = in_chunks(clip, encode, own)
     return F.normalize(w.float(), dim=-1)
 
 
-def queries_keys_values(block, x):
-    """The first half of a transformer block: layer norm, then q, k, v. x (C, L, W).
+def through_blocks(text, x, past):
+    """Return the states x (c, L, W) after all blocks, and each block's keys and values of x.
 
-    q, k and v are packed in this order in in_proj_weight; (C, heads, L, W / heads) each."""
-    qkv = F.linear(block.ln_1(x), block.attn.in_proj_weight, block.attn.in_proj_bias)
-    return qkv.view(*x.shape[:2], 3, block.attn.num_heads, -1).permute(2, 0, 3, 1, 4)
-
-
-def add_attention(block, x, attended):
-    """The second half: attended values (C, heads, L, W / heads), then the MLP, both added to x.
-
-    ls_1 and ls_2, open_clip's LayerScale, do nothing in OpenAI's models."""
-    x = x + block.ls_1(block.attn.out_proj(attended.transpose(1, 2).flatten(2)))
-    return x + block.ls_2(block.mlp(block.ln_2(x)))
+    past  keys and values of S tokens before x, [(k, v)] with (1, heads, S, W / heads) each; or [].
+    A token sees these, itself and those before it. With past, keys and values are not returned.
+    ls_1 and ls_2 are open_clip's LayerScale, which does nothing in OpenAI's models."""
+    kept, S = [], past[0][0].shape[2] if past else 0
+    sees = torch.ones(x.shape[1], S + x.shape[1], dtype=torch.bool, device=x.device).tril(S)
+    for k_v, block in itertools.zip_longest(past, text.transformer.resblocks):
+        attn = block.attn
+        qkv = F.linear(block.ln_1(x), attn.in_proj_weight, attn.in_proj_bias)       # (c, L, 3 W)
+        q, k, v = qkv.view(*x.shape[:2], 3, attn.num_heads, -1).permute(2, 0, 3, 1, 4)
+        if past:
+            k, v = (torch.cat([old.expand(len(x), -1, -1, -1), new], 2)
+                    for old, new in zip(k_v, (k, v)))                   # (c, heads, S + L, ...)
+        else:
+            kept.append((k, v))
+        heads = F.scaled_dot_product_attention(q, k, v, attn_mask=sees)
+        x = x + block.ls_1(attn.out_proj(heads.transpose(1, 2).flatten(2)))
+        x = x + block.ls_2(block.mlp(block.ln_2(x)))
+    return x, kept
 
 
 def text_feature(text, x):
