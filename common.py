@@ -31,6 +31,7 @@ if __name__ == "__main__":      # python common.py: tables of recorded runs, wit
 import contextlib
 import copy
 import functools
+import inspect
 import itertools
 import json
 import math
@@ -121,7 +122,8 @@ def runs_on(dataset, jobs, script, args):
     """Yield the Runs on one data set: load and check everything, encode nothing yet."""
     method, origin = Path(script).stem, args.origin
     if origin and args.predict and not {"dataset", "transfer", "base_to_new"} & {*args.typed}:
-        classnames, template = [name for _, name in origin["classes"]], origin["template"]
+        classnames = [name for _, name in origin["classes"]]
+        template = args.template or origin["template"]
         sets = [Data(dataset, classnames, template, template)]      # the prompt file tells enough
     else:
         sets = [load_data(name, args.data_root, None if k else args.template)
@@ -305,7 +307,8 @@ def encode_images(clip, data, items, cache=None, views=None, encode=None, kind="
     # Batches of one size, the last one filled up: else the last bits of an image's features would
     # depend on the other images of its batch.
     size = 128 if clip.device == "cuda" else 8
-    key = clip.image_key, str(clip.dtype), kind, data.own, bool(views)
+    code = records.code_digest(features.__file__), inspect.getsource(Clip)
+    key = clip.image_key, str(clip.dtype), kind, data.own, str(transform), code
     with features.Store(cache, key, names) as store:
         todo = [rows[name] for name in store.missing]
         batches = features.load_pixels(todo, transform, size, clip.device, data.own)
@@ -546,8 +549,6 @@ class Run:
     def load(self, prompt):
         """Fill a prompt with the tensors of --load. Raises Problem if they do not fit."""
         file, tensors = self.args.load, features.read_whole(self.args.load, "--load")
-        if features.tensor_digest(tensors) != self.args.origin["tensors"]:
-            raise Problem(f"--load {file}: is damaged: its tensors have changed")
         for name, buffer in prompt.named_buffers(recurse=False):     # lengths may differ
             if name in tensors and buffer.shape[1:] == tensors[name].shape[1:]:
                 setattr(prompt, name, tensors[name].to(buffer))

@@ -203,7 +203,7 @@ def image_states(prompt, run, prompts, views=None, cache=None):
 
     with run.clip.autocast():
         found = common.encode_images(run.clip, run.data, run.items, cache, views, states,
-                                     f"states of all blocks, amp {run.clip.amp}")
+                                     f"states of all blocks, {run.code}, amp {run.clip.amp}")
     return found.unflatten(-1, (len(image_blocks(run.clip)), -1))
 
 

@@ -1,6 +1,7 @@
 """Checks before a run: data sets, class names, saved prompts."""
 
 from data.errors import Problem
+from data.features import read_whole, tensor_digest
 
 
 def protocol(data, args):
@@ -47,6 +48,8 @@ def origin(args, method, weights, data):
     learned, classes = {*map(tuple, origin["classes"])}, list(enumerate(data.classnames))
     if origin["method"] != method:
         raise Problem(f"{start}was saved by {origin['method']}, not by {method}")
+    if tensor_digest(read_whole(args.load, "--load")) != origin["tensors"]:
+        raise Problem(f"{start}is damaged: its tensors have changed")
     if origin["weights"] != weights:
         name = f"{origin['backbone']} {origin['pretrained']}".strip()
         raise Problem(f"{start}was trained with other weights ({name})")

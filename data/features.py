@@ -170,7 +170,12 @@ def digest_files(paths, folder):
         states.append((resolve(parent), name, status.st_size, *times))
 
     def read(state):
-        return blake2b(Path(files[state]).read_bytes(), digest_size=16).digest()
+        try:
+            return blake2b(Path(files[state]).read_bytes(), digest_size=16).digest()
+        except OSError as error:
+            why = error.strerror or error
+            raise Problem(f"cannot read image {files[state]} ({why}): mend it or take it away"
+                          ) from None
 
     files = dict(zip(states, paths))
     with Store(folder, "contents of images", states) as store, ThreadPoolExecutor(8) as pool:

@@ -122,7 +122,8 @@ def settle(args, parser, dataset):
     args, embedded = copy.copy(args), is_embedded(dataset)
     tiny = f"local-dir:{TINY_CLIP}"
     args.dataset = dataset
-    args.lr = args.lr or parser.learning_rates[embedded]
+    usual_lr = parser.learning_rates[embedded]
+    args.lr = args.lr or usual_lr
     args.backbone = args.backbone or (tiny if embedded else "ViT-B-16")
     if args.backbone == "tiny_clip":
         args.backbone = tiny
@@ -136,7 +137,9 @@ def settle(args, parser, dataset):
         raise Problem("--device cuda: PyTorch sees no CUDA device here; "
                       "leave the flag out to use the CPU")
     args.device = args.device or ("cuda" if cuda and not embedded else "cpu")
-    args.precision = args.precision or ("amp" if args.device == "cuda" else "fp32")
+    usual_precision = "amp" if args.device == "cuda" else "fp32"
+    args.precision = args.precision or usual_precision
+    args.defaults = {**args.defaults, "lr": usual_lr, "precision": usual_precision}
     args.class_chunk = args.class_chunk or (1024 if args.device == "cuda" else 128)
     return args
 

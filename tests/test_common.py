@@ -114,6 +114,13 @@ def test_features_in_the_cache_are_not_computed_again(tiny, some, tmp_path):
         common.encode_images(tiny, some, some.test, cache, views=[0], encode=refuse)
 
 
+def test_an_edited_augmentation_is_not_served_from_the_cache(tiny, some, tmp_path, monkeypatch):
+    before = common.encode_images(tiny, some, some.test, tmp_path / "cache", views=[0])
+    monkeypatch.setattr(common.Clip, "augment", tiny.preprocess)
+    after = common.encode_images(tiny, some, some.test, tmp_path / "cache", views=[0])
+    assert not torch.equal(before, after)
+
+
 def test_training_images_are_cropped_and_flipped_at_random(tiny):
     crop, flip, _ = tiny.augment.transforms
     assert type(crop).__name__ == "RandomResizedCrop" and crop.size == (64, 64)

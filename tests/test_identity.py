@@ -90,6 +90,12 @@ def test_flags_that_matter_make_another_run_and_places_do_not(identify, tmp_path
     assert len({identify(*flags) for flags in others + same}) == len(others) + 1
 
 
+def test_a_default_that_was_typed_is_no_change(cli):
+    plain, = cli("coop", *QUICK).records
+    typed, = cli("coop", *QUICK, "--lr", "0.002", "--precision", "fp32").records
+    assert typed["run"] == plain["run"] and typed["changed"] == plain["changed"]
+
+
 def test_transfer_targets_are_compared_by_their_images(cli, mine):
     flags = {"transfer": mine, "keep": True}
     assert len(cli("coop", *QUICK, **flags).records) == 1

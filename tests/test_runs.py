@@ -122,12 +122,14 @@ def test_prompts_of_another_method_or_other_weights_are_refused(cli, saved, tmp_
     refused(cli("coop", load=saved, backbone=other), saved, "other weights")
 
 
-def test_a_damaged_prompt_is_refused(cli, saved):
+def test_a_damaged_prompt_is_refused_even_if_its_run_is_recorded(cli, saved):
+    cli("coop", load=saved)
     content = bytearray(saved.read_bytes())
     content[-3] ^= 64
     for damaged in (content, content[:-8]):
         saved.write_bytes(damaged)
-        refused(cli("coop", load=saved), saved)
+        run = cli("coop", load=saved, keep=True)
+        assert run.status == 2 and str(saved) in run.err and "already in" not in run.out
 
 
 def test_what_is_no_prompt_is_refused(cli, tmp_path):

@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from data.errors import Problem, plain_file
 
 HERE = Path(__file__).resolve().parent.parent.parent
-COMPUTING = [HERE / "common.py", HERE / "data" / "features.py"]     # and the method's script
+COMPUTING = [HERE / "common.py", HERE / "data" / "features.py", HERE / "data" / "weights.py"]
 # Flags that change no number, or that the identity holds in another form.
 ELSEWHERE = {"dataset", "data_root", "backbone", "pretrained", "shots", "seeds", "base_to_new",
              "transfer", "class_chunk", "device", "cache", "out", "save", "load", "predict",

@@ -1,5 +1,6 @@
 """What a run prints: its accuracies, means over seeds, predictions for single images."""
 
+import os
 import statistics
 
 from data.results import records
@@ -49,6 +50,7 @@ def show_predictions(method, files, classnames, zero_shot, ours):
     width = max(map(len, [*names, method])) + 1
     columns = [tensor.tolist() for pair in (ours, zero_shot) for tensor in pair]
     for file, *rows in zip(files, *columns):
-        print(f"{file}\n  {method:<{width + 8}}zero-shot")
+        name = os.fsencode(file).decode(errors="replace")
+        print(f"{name}\n  {method:<{width + 8}}zero-shot")
         for p, k, q, j in zip(*rows):
             print(f"  {names[k]:<{width}} {100 * p:5.1f}  {names[j]:<{width}} {100 * q:5.1f}")
