@@ -93,7 +93,7 @@ def runs(script, parser, argv=None):
 
 @contextlib.contextmanager
 def note_failure(title, failed, several):
-    """If a command has several runs, note a user error in `failed` instead of ending it."""
+    """If a command has several runs, note a user error in `failed` and go on."""
     try:
         yield
     except Problem as problem:
@@ -120,11 +120,13 @@ def share(jobs):
 
 def runs_on(dataset, jobs, script, args):
     """Yield the Runs on one data set: load and check everything, encode nothing yet."""
+    # origin: what the file of --load tells of its training, or None. To name the classes of single
+    # images it is enough: no data set is loaded, unless a flag asks for one.
     method, origin = Path(script).stem, args.origin
     if origin and args.predict and not {"dataset", "transfer", "base_to_new"} & {*args.typed}:
         classnames = [name for _, name in origin["classes"]]
         template = args.template or origin["template"]
-        sets = [Data(dataset, classnames, template, template)]      # the prompt file tells enough
+        sets = [Data(dataset, classnames, template, prograd_template=template)]
     else:
         sets = [load_data(name, args.data_root, None if k else args.template)
                 for k, name in enumerate([dataset, *args.transfer])]
@@ -176,7 +178,7 @@ def few_shot(items, shots, seed):
 
 
 def choose(data, items, which):
-    """Return the items of "base", "new" or "all classes", labels from 0, and [(label, name)].
+    """Return the items of "base", "new" or "all classes", labels from 0; and [(old label, name)].
 
     The base classes are the first ceil(C / 2) of a data set, the new classes the others."""
     classes = list(enumerate(data.classnames))
@@ -188,10 +190,10 @@ def choose(data, items, which):
 
 
 def choose_tests(data, args):
-    """Return the data set as it is tested: on --validation images, on about --test-images of them.
+    """Return the data set with the test images that the flags ask for.
 
-    That many are drawn at random, equally many of each class and at least one, the same for every
-    method and seed."""
+    --validation: the validation images instead. --test-images: about so many, drawn at random,
+    equally many of each class and at least one, the same for every method and seed."""
     data = copy.copy(data)
     if args.validation and len({item.label for item in data.val}) < len(data.classnames):
         raise Problem(f"{data.name}: --validation: there are classes with no validation images")
@@ -213,7 +215,7 @@ def add_contents(items, cache):
 
 @dataclass
 class Clip:
-    """A frozen CLIP, in evaluation mode."""
+    """A CLIP, frozen and in evaluation mode (by data/weights.py)."""
     model: torch.nn.Module      # open_clip's, in fp32
     text: torch.nn.Module       # its text encoder
     visual: torch.nn.Module     # its image encoder, for image features: in `dtype`
@@ -230,7 +232,7 @@ class Clip:
     image_key: str              # digest of the image encoder and its preprocessing
 
     def autocast(self):
-        """Return the context for a prompt's encoders: bf16 on a GPU that has it, else fp32."""
+        """Return the context for a prompt's encoders: bf16 if `amp`, else fp32."""
         return torch.autocast(self.device, torch.bfloat16, enabled=self.amp)
 
     @property
@@ -272,8 +274,8 @@ def load_clip(backbone=f"local-dir:{TINY_CLIP}", pretrained="", device="cpu", pr
 
 
 def feature_dtype(device, precision):
-    """Return the type in which images are encoded: bf16 where the processor has it, fp16 on older
-    GPUs; fp32 on a CPU without bf16, where less precision would be slower."""
+    """Return the type in which images are encoded: fp32, or with --precision amp bf16 where the
+    processor has it, fp16 on older GPUs, fp32 on other CPUs, where 16 bits would be slower."""
     if precision == "fp32":
         return torch.float32
     if device == "cuda":
@@ -296,21 +298,21 @@ def encode_images(clip, data, items, cache=None, views=None, encode=None, kind="
     encode  another function than CLIP's image encoder, pixels (n, 3, H, W) -> (n, ...)
     kind    its name in the cache
     Raises Problem at an image that is missing or cannot be read."""
-    paths, each = [str(item.path) for item in items], views or [0]
+    paths, numbers = [str(item.path) for item in items], views or [0]
     transform = clip.augment if views else clip.preprocess
     encode = encode or clip.encode_image
     if cache and not all(item.content for item in items):
         items = add_contents(items, cache)
     # Two images may have the same content: then one of them is encoded.
-    names = list(itertools.product([item.content or item.path for item in items], each))
-    rows = dict(zip(names, itertools.product(paths, each)))
+    names = list(itertools.product([item.content or item.path for item in items], numbers))
+    sources = dict(zip(names, itertools.product(paths, numbers)))
     # Batches of one size, the last one filled up: else the last bits of an image's features would
-    # depend on the other images of its batch.
+    # depend on the size of its batch.
     size = 128 if clip.device == "cuda" else 8
     code = records.code_digest(features.__file__), inspect.getsource(Clip)
     key = clip.image_key, str(clip.dtype), kind, data.own, str(transform), code
     with features.Store(cache, key, names) as store:
-        todo = [rows[name] for name in store.missing]
+        todo = [sources[name] for name in store.missing]
         batches = features.load_pixels(todo, transform, size, clip.device, data.own)
         for images in progress(batches, desc="encoding images", unit=" images", delay=0.5,
                                total=math.ceil(len(todo) / size), unit_scale=size):
@@ -427,8 +429,8 @@ def pad(prompts):
 def in_chunks(clip, encode, prompts):
     """Return encode(prompts), a list of tensors (C, ...), computed --class-chunk prompts at a time.
 
-    The activations of several chunks are not kept for the backward pass but computed again in it:
-    memory stays flat as classes grow."""
+    With several chunks, activations are not kept but computed again in the backward pass: memory
+    stays flat as classes grow. RESTORE's encode returns two tensors, features and states."""
     size = clip.class_chunk
     chunks = [prompts[c:c + size] for c in range(0, len(prompts), size)]
     if len(chunks) > 1 and torch.is_grad_enabled():
@@ -449,7 +451,7 @@ def check_length(clip, length):
 def template_features(clip, template, classnames):
     """Return zero-shot CLIP's class features of "a photo of a {}." or the like, (C, D).
 
-    Of several templates, separated by |, the mean of their unit-norm features, normalized."""
+    If there are several, separated by |: the normalized mean of their unit-norm features."""
     start, end = start_end(clip)
     found = []
     for one in template.split("|"):
@@ -563,8 +565,9 @@ class Run:
     def plan(self, epoch):
         """Return the batches of an epoch, [(rows (B,), views (B,))]: images shuffled, a view each.
 
-        An incomplete last batch is dropped unless it is the only one (authors' code). Drawn on the
-        CPU: the same on every device."""
+        An incomplete last batch is dropped unless it is the only one (authors' code). --views 0:
+        there is one view, number 0, and it is new in every epoch. Drawn on the CPU: the same on
+        every device."""
         rng = torch.Generator().manual_seed(1000003 * self.seed + epoch)
         n, size = len(self.items), self.args.batch_size
         order = torch.randperm(n, generator=rng)
@@ -586,12 +589,12 @@ class Run:
 
         For a method that changes the image encoder."""
         plan = self.plan(epoch)
-        rows = [(str(self.items[row].path), int(view) if self.args.views else epoch)
-                for batch in plan for row, view in zip(*batch)]
-        loader = features.load_pixels(rows, self.clip.augment, len(plan[0][0]), self.clip.device,
+        sources = [(str(self.items[row].path), int(view) if self.args.views else epoch)
+                   for batch in plan for row, view in zip(*batch)]
+        loader = features.load_pixels(sources, self.clip.augment, len(plan[0][0]), self.clip.device,
                                       self.data.own)
-        for (rows, some), images in zip(plan, loader):
-            yield self.clip.pixels(images), self.labels[rows.to(self.labels.device)], rows, some
+        for (rows, views), images in zip(plan, loader):
+            yield self.clip.pixels(images), self.labels[rows.to(self.labels.device)], rows, views
 
     # ------------------------------------------------ the record of a training
 
@@ -687,7 +690,7 @@ class Run:
         data.own = True             # phone photographs: turn them upright, drop alpha
         items = [Item(file, 0) for file in self.args.predict]
         classes = list(enumerate(data.classnames))
-        if not self.parts[0].items:                     # without a data set: the prompt's classes
+        if not self.parts[0].items:     # no data set: with the labels of the prompt's training
             classes = self.classes
         part = Part("predict", data, items, classes)
         part.features = encode_images(self.clip, data, items).to(self.clip.device)

@@ -15,20 +15,20 @@ vectors, the context, and trains them on a few labeled images with cross-entropy
     v      the learned context: M vectors of the text encoder's width W                     (M, W)
     tau    CLIP's learned inverse temperature, 100 in OpenAI's models (clip.logit_scale below)
 
-Test: argmax_c f(x) . w_c over the classes tested. One context serves all classes, also those it was
-not trained on: --base-to-new trains on the first half of the classes, the base classes, and then
-classifies each half among its own classes. CoOp loses accuracy on the new half; ProGrad, MVP-MI and
-RESTORE try to prevent that.
+SGD learns v alone, from --shots images of each class. Test: argmax_c f(x) . w_c over the classes
+tested. One context serves all classes, also those it was not trained on: --base-to-new trains on
+the first half of the classes, the base classes, and then classifies each half among its own. CoOp
+loses accuracy on the new half; ProGrad, MVP-MI and RESTORE (the other scripts) try to prevent that.
 
-Try (seconds, on the data set "shapes"). The numbers are accuracies on base / new classes with
---dataset embedded --seeds 1,2,3: averages over eleven small data sets, with a tiny CLIP that has
-75.3 / 76.5 zero-shot. data/results/README.md has the deviations.
+Try: a command takes seconds on its default data set, "shapes". The numbers beside it are accuracies
+on base / new classes with --dataset embedded --seeds 1,2,3 added, means over eleven small sets. The
+tiny CLIP of these has 75.3 / 76.5 zero-shot. Standard deviations: data/results/README.md.
     python coop.py --base-to-new --shots 16                            83.6 / 70.9
     ... --n-ctx 4                                                      83.6 / 72.7
 
-From the paper: loss, schedule, random crops and flips. From the authors' code: the initial context,
-momentum, weight decay, dropping the last incomplete batch. Ours: ten random crops of each image are
-encoded once, and each epoch draws one of them; --views 0 encodes new crops in every epoch.
+From the paper: loss, schedule, random crops and flips. From the authors' code: momentum, weight
+decay, dropping the last incomplete batch. Ours: ten random crops of each image are encoded once,
+and each epoch draws one of them; --views 0 encodes new crops in every epoch.
 """
 
 import math
@@ -44,7 +44,7 @@ class Prompt(torch.nn.Module):
 
     def __init__(self, clip, v, position="end"):
         super().__init__()
-        self.clip = clip                                # no Module: parameters() leaves CLIP out
+        self.clip = clip                                # not a Module: parameters() leaves it out
         self.v = torch.nn.Parameter(v)                  # (M, W); class-specific: (C, M, W)
         self.position = position
 
@@ -68,7 +68,7 @@ class Prompt(torch.nn.Module):
 
 
 def initial_context(run):
-    """Return the context before training: the words of --ctx-init, or Gaussian noise."""
+    """Return v before training: as many tokens as --ctx-init has, or Gaussian noise (paper)."""
     per_class = [len(run.classes)] if run.args.class_specific else []   # a first dimension, or none
     if run.args.ctx_init:
         return common.embed(run.clip, run.args.ctx_init).repeat(*per_class, 1, 1)
@@ -82,9 +82,9 @@ def train(prompt, run):
     clip, args = run.clip, run.args
     names = common.name_embeddings(clip, run.classnames)
     optimizer = torch.optim.SGD(prompt.parameters(), args.lr, momentum=0.9, weight_decay=5e-4)
-    epochs = args.epochs or common.default_epochs(run)  # 1 shot: 50, 2-7: 100, 8 and more: 200
+    epochs = args.epochs or common.default_epochs(run)  # 1 shot, ImageNet: 50; 2-7: 100; 8 up: 200
     for epoch in common.progress(range(epochs), desc="training", unit="epoch"):
-        # Epoch 0 warms up at 1e-5. From epoch 1 on the rate falls from args.lr, half a cosine.
+        # Epoch 0 warms up at 1e-5. From epoch 1 on the rate follows half a cosine, from args.lr.
         decay = (1 + math.cos(math.pi * (epoch - 1) / epochs)) / 2
         optimizer.param_groups[0]["lr"] = lr = 1e-5 if epoch == 0 else args.lr * decay
         # Shuffled mini-batches (32 images by default); an incomplete last one is dropped unless it
@@ -104,7 +104,7 @@ def flags():
     """Return the parser of this script's flags."""
     parser = common.flags(__doc__, lr=0.002, batch_size=32, n_ctx=16)
     parser.add_argument("--ctx-init", type=common.words, metavar="WORDS",
-                        help="start from these words")
+                        help="start from these words (see initial_context)")
     parser.add_argument("--class-specific", action="store_true",
                         help="learn one context per class; it cannot be used with new classes")
     parser.add_argument("--position", choices=["end", "middle", "front"], default="end",

@@ -1,8 +1,8 @@
 """MVP-MI: a learned prompt that stays informative about the hand-crafted one.
 
 Q. Zhang: "Generalizable Prompt Tuning for Vision-Language Models", 2024, arXiv 2410.03189. Only its
-abstract and summaries could be read, no equation, and there is no public code. What they say is
-marked "paper"; all that is not CoOp's or marked so is ours, in the simplest form.
+abstract and summaries could be read, no equation, and there is no public code. "Paper" marks what
+they say. Prompt, start, optimizer and schedule are CoOp's. The rest is our guess.
 
 A learned prompt fits the training classes, a hand-crafted one serves all classes. The method treats
 them as two views of the text and maximizes their mutual information, so that the learned prompt
@@ -23,35 +23,35 @@ Mixup of image features widens what the prompt is trained on (paper). CLIP is fr
     g      the frozen text encoder, read at the end token and normalized                    (D,)
     v      the learned context: M vectors of the text encoder's width W                     (M, W)
     tau    CLIP's learned inverse temperature, 100 in OpenAI's models (clip.logit_scale below)
-    z      two for each class of the batch. x_i and x_j are drawn from all training images of the
-           class, with replacement, and a random crop of each; a is uniform in [0, 1]
+    z      (D,), two for each class of the batch: from two training images of the class (which may
+           be the same one), a random crop of each; a is uniform in [0, 1]; the label is the class
     P, Q   (D, D), start as the identity; t starts at 0.07. SGD trains them and log t with v, but
            without weight decay; after the training they are thrown away
     lambda 1, and mu 1
 
-What is maximized? Draw a class c at random: w_c and h_c are then random vectors. L_view is a mean
-cross-entropy of guessing c from the other view, so log C - L_view is a lower bound on their mutual
-information (InfoNCE, van den Oord et al. 2018). The information itself is log C, its maximum, as
-soon as no two classes share a feature. Training does not raise it; it raises the bound, by making
-each w_c easy to match with its h_c. With a fixed critic (--critic cosine) only v can do that; a
-learned critic does a part of it. L_img trains the same critic on images, so that it cannot become
-good at matching prompts only.
+What is maximized? Draw a class c at random: w_c and h_c are then random vectors. Given w_c, a
+softmax guesses which h_k belongs to it, and the other way round; L_view is the mean cross-entropy
+of the two guesses. So log C - L_view is a lower bound on the mutual information (van den Oord et
+al. 2018). The information is log C, its maximum, as soon as no two classes share a feature. What
+training raises is the bound: each w_c becomes nearer to its h_c than to the others. L_img does the
+same for w_y and the mixtures of class y.
 
-Test: argmax_c f(x) . u_c. Here u_c is w_c for a trained class (same label and name), and for a new
-one the mean of w_c and h_c, normalized, since v was not trained for it. --classifier soft: u = w.
+Test: argmax_c f(x) . u_c. A trained class (of this label and name) has u_c = w_c; a new one, for
+which v was not trained, the mean of w_c and h_c, normalized. --classifier soft: u = w.
 
-Try --base-to-new --shots 16 (seconds, on the data set "shapes"). The numbers are accuracies on base
-/ new classes with --dataset embedded --seeds 1,2,3: averages over eleven small data sets, with a
-tiny CLIP that has 75.3 / 76.5 zero-shot. CoOp has 83.6 / 70.9. data/results/README.md has the
-deviations.
+Try: a command takes seconds on its default data set, "shapes". The numbers beside it are accuracies
+on base / new classes with --dataset embedded --seeds 1,2,3 added, means over eleven small sets. The
+tiny CLIP of these has 75.3 / 76.5 zero-shot, and CoOp 83.6 / 70.9.
     python mvp_mi.py --base-to-new --shots 16                          84.3 / 77.0
+    ... --mi-weight 0                                                  XX.X / XX.X, no L_view
     ... --classifier soft                                              84.3 / 75.2
     ... --classifier soft --mi-weight 0                                83.8 / 72.9, no L_view
-    ... --classifier soft --critic cosine                              84.5 / 71.3
+    ... --classifier soft --image-weight 0                             XX.X / XX.X, no L_img
     ... --classifier soft --augment 0                                  84.4 / 72.4, no z
+    ... --classifier soft --critic cosine                              84.5 / 71.3, P, Q, t fixed
 
-Also ours, as in coop.py: ten random crops of each image are encoded once, and each epoch draws one
-of them; --views 0 encodes new crops in every epoch.
+Ours as in coop.py: ten random crops of each image are encoded once, and each epoch draws one of
+them; --views 0 encodes new crops in every epoch.
 """
 
 import math
@@ -67,7 +67,7 @@ class Prompt(torch.nn.Module):
 
     def __init__(self, clip, v, position="end", template=None, trained=()):
         super().__init__()
-        self.clip = clip                                # no Module: parameters() leaves CLIP out
+        self.clip = clip                                # not a Module: parameters() leaves it out
         self.v = torch.nn.Parameter(v)                  # (M, W); class-specific: (C, M, W)
         self.position = position
         self.template = template                        # of h_c at test; None: w_c for all classes
@@ -98,7 +98,7 @@ class Prompt(torch.nn.Module):
 
 
 def initial_context(run):
-    """Return the context before training: the words of --ctx-init, or Gaussian noise."""
+    """Return v before training: as many tokens as --ctx-init has, or Gaussian noise (paper)."""
     per_class = [len(run.classes)] if run.args.class_specific else []   # a first dimension, or none
     if run.args.ctx_init:
         return common.embed(run.clip, run.args.ctx_init).repeat(*per_class, 1, 1)
@@ -152,9 +152,9 @@ def train(prompt, run):
     if args.critic == "learned":
         optimizer.add_param_group({"params": critic.parameters(), "weight_decay": 0})
     rng = torch.Generator().manual_seed(run.seed)
-    epochs = args.epochs or common.default_epochs(run)  # 1 shot: 50, 2-7: 100, 8 and more: 200
+    epochs = args.epochs or common.default_epochs(run)  # 1 shot, ImageNet: 50; 2-7: 100; 8 up: 200
     for epoch in common.progress(range(epochs), desc="training", unit="epoch"):
-        # Epoch 0 warms up at 1e-5. From epoch 1 on the rate falls from args.lr, half a cosine.
+        # Epoch 0 warms up at 1e-5. From epoch 1 on the rate follows half a cosine, from args.lr.
         decay = (1 + math.cos(math.pi * (epoch - 1) / epochs)) / 2
         lr = 1e-5 if epoch == 0 else args.lr * decay
         for group in optimizer.param_groups:
@@ -183,7 +183,7 @@ def flags():
     """Return the parser of this script's flags."""
     parser = common.flags(__doc__, lr=0.002, batch_size=32, n_ctx=16)
     parser.add_argument("--ctx-init", type=common.words, metavar="WORDS",
-                        help="start from these words")
+                        help="start from these words (see initial_context)")
     parser.add_argument("--class-specific", action="store_true",
                         help="learn one context per class; it cannot be used with new classes")
     parser.add_argument("--position", choices=["end", "middle", "front"], default="end",

@@ -2,9 +2,9 @@
 
 Zhu, Niu, Han, Wu, Zhang: "Prompt-aligned Gradient for Prompt Tuning", ICCV 2023, arXiv 2205.14865.
 
-CoOp's context fits a few images, and its prompt loses what zero-shot CLIP knows of other classes.
-ProGrad protects zero-shot CLIP's predictions on the training images. The context serves all
-classes: what keeps it general on these should keep it general on others. CLIP is frozen.
+CoOp's context overfits the training images; other classes fall below zero-shot CLIP. ProGrad takes
+from each step what would move the predictions on these images away from zero-shot CLIP's. As all
+classes share the context, this should protect the other classes, too. CLIP is frozen.
 
     w_c    = g([start] v_1 ... v_M [name of c] "." [end])      class feature of class c
     p(c|x) = softmax_c(tau * f(x) . w_c)                        CLIP's classifier
@@ -18,25 +18,25 @@ classes: what keeps it general on these should keep it general on others. CLIP i
     g      the frozen text encoder, read at the end token and normalized                    (D,)
     v      the learned context: M vectors of the text encoder's width W                     (M, W)
     tau    CLIP's learned inverse temperature, 100 in OpenAI's models (clip.logit_scale below)
-    p_zs   zero-shot CLIP's prediction, with ProGrad's hand-crafted template of the data set
+    p_zs   p of zero-shot CLIP with ProGrad's template (printed accuracies: with the data set's own)
 
-To first order a step along -G_d changes L_g by -G_d . G_g: in a conflict L_g would rise. lambda = 1
-makes G orthogonal to G_g, and L_g stays as it is. SGD then adds momentum and weight decay to G.
+To first order a step along -G_d changes L_g by -G_d . G_g: in a conflict it rises. With lambda = 1
+a step along -G does not change it; SGD's momentum and weight decay, which come after, still may.
 
-Test: argmax_c f(x) . w_c over the classes tested. One context serves all classes, also those it was
-not trained on: --base-to-new trains on the first half of the classes, the base classes, and then
-classifies each half among its own classes. CoOp loses accuracy on the new half; ProGrad, MVP-MI and
-RESTORE try to prevent that.
+SGD learns v alone, from --shots images of each class. Test: argmax_c f(x) . w_c over the classes
+tested. One context serves all classes, also those it was not trained on: --base-to-new trains on
+the first half of the classes, the base classes, and then classifies each half among its own. CoOp
+loses accuracy on the new half; ProGrad, MVP-MI and RESTORE (the other scripts) try to prevent that.
 
-Try (seconds, on the data set "shapes"). The numbers are accuracies on base / new classes with
---dataset embedded --seeds 1,2,3: averages over eleven small data sets, with a tiny CLIP that has
-75.3 / 76.5 zero-shot. data/results/README.md has the deviations.
+Try: a command takes seconds on its default data set, "shapes". The numbers beside it are accuracies
+on base / new classes with --dataset embedded --seeds 1,2,3 added, means over eleven small sets. The
+tiny CLIP of these has 75.3 / 76.5 zero-shot. Standard deviations: data/results/README.md.
     python prograd.py --base-to-new --shots 16                         80.8 / 75.0
     ... --projection 0                                                 83.7 / 71.6, from this start
 
-From the paper: loss, schedule, random crops and flips. From the authors' code: the initial context,
-momentum, weight decay, dropping the last incomplete batch. Ours: ten random crops of each image are
-encoded once, and each epoch draws one of them; --views 0 encodes new crops in every epoch.
+From the paper: loss, schedule, random crops and flips. From the authors' code: momentum, weight
+decay, dropping the last incomplete batch. Ours: ten random crops of each image are encoded once,
+and each epoch draws one of them; --views 0 encodes new crops in every epoch.
 """
 
 import math
@@ -52,9 +52,9 @@ class Prompt(torch.nn.Module):
 
     def __init__(self, clip, v, left_over, position="end"):
         super().__init__()
-        self.clip = clip                                # no Module: parameters() leaves CLIP out
+        self.clip = clip                                # not a Module: parameters() leaves it out
         self.v = torch.nn.Parameter(v)                  # (M, W); class-specific: (C, M, W)
-        self.register_buffer("left_over", left_over)    # (l, W): frozen, but saved with v
+        self.register_buffer("left_over", left_over)    # (l, W), l = 0 as a rule: frozen
         self.position = position
 
     def forward(self, names):
@@ -78,12 +78,12 @@ class Prompt(torch.nn.Module):
 
 
 def initial_context(run):
-    """Return the context before training: zeros, then the words of the template or --ctx-init.
-    It takes as many tokens as there are words (authors' code): of "a type of pet, a photo of a", 8
-    words but 9 tokens, the last is left over. It stays before the name, frozen."""
+    """Return v before training, zeros and then the template's words before the name or --ctx-init,
+    and what is left over: the authors' code takes as many tokens as words, but "a type of pet, a
+    photo of a" has 9 tokens for 8 words. The last stays before the name, frozen."""
     per_class = [len(run.classes)] if run.args.class_specific else []   # a first dimension, or none
-    words = run.args.ctx_init or run.data.prograd_template.split("{}")[0]
-    words, left_over = common.embed(run.clip, words).tensor_split([len(words.split())])
+    text = run.args.ctx_init or run.data.prograd_template.split("{}")[0]
+    words, left_over = common.embed(run.clip, text).tensor_split([len(text.split())])
     v = F.pad(words, (0, 0, run.args.n_ctx, 0))[-run.args.n_ctx:]       # zeros in front, (M, W)
     return v.repeat(*per_class, 1, 1), left_over
 
@@ -99,10 +99,10 @@ def train(prompt, run):
     clip, args = run.clip, run.args
     names = common.name_embeddings(clip, run.classnames)
     optimizer = torch.optim.SGD(prompt.parameters(), args.lr, momentum=0.9, weight_decay=5e-4)
-    epochs = args.epochs or common.default_epochs(run)  # 1 shot: 50, 2-7: 100, 8 and more: 200
+    epochs = args.epochs or common.default_epochs(run)  # 1 shot, ImageNet: 50; 2-7: 100; 8 up: 200
     w_zs = common.template_features(clip, run.data.prograd_template, run.classnames)    # (C, D)
     for epoch in common.progress(range(epochs), desc="training", unit="epoch"):
-        # Epoch 0 warms up at 1e-5. From epoch 1 on the rate falls from args.lr, half a cosine.
+        # Epoch 0 warms up at 1e-5. From epoch 1 on the rate follows half a cosine, from args.lr.
         decay = (1 + math.cos(math.pi * (epoch - 1) / epochs)) / 2
         optimizer.param_groups[0]["lr"] = lr = 1e-5 if epoch == 0 else args.lr * decay
         # Shuffled mini-batches (32 images by default); an incomplete last one is dropped unless it
@@ -126,7 +126,7 @@ def flags():
     """Return the parser of this script's flags."""
     parser = common.flags(__doc__, lr=0.002, batch_size=32, n_ctx=16)
     parser.add_argument("--ctx-init", type=common.words, metavar="WORDS",
-                        help="start from these words")
+                        help="start from these words (see initial_context)")
     parser.add_argument("--class-specific", action="store_true",
                         help="learn one context per class; it cannot be used with new classes")
     parser.add_argument("--position", choices=["end", "middle", "front"], default="end",

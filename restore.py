@@ -7,51 +7,53 @@ alignment that CLIP was pre-trained for is lost, and new classes suffer (paper).
 how far the prompts move a state after each block, the feature shift, and penalizes the difference
 between the encoders. CLIP is frozen.
 
-The encoders; n prompt vectors P_l, Q_l enter block l for l = 1 ... K (paper):
+The encoders. n prompt vectors P_l, Q_l enter block l for l = 1 ... K (paper):
     X_0 = [start] "a photo of a" [name of c] "." [end], plus positions
-    X_l = text block l applied to X_(l-1), in which P_l has overwritten tokens 1 ... n
-    Y_0 = CLIP's ln_pre of ([class token, patches] plus positions, Q_1)
-    Y_l = image block l applied to Y_(l-1), whose last n tokens are Q_l from l = 2 on
-    After block K nothing is inserted; the prompts' tokens stay where they are.
+    X_l = text block l of X_(l-1); before it, P_l replaces tokens 1 ... n (P_1 gets their positions)
+    Y_0 = CLIP's ln_pre of [class token, patches], plus positions, and Q_1, which has none
+    Y_l = image block l of Y_(l-1); before it, from l = 2 on, Q_l replaces the last n tokens
+    After block K nothing is replaced: the prompts' tokens go on like any others.
     t_c, i(x) = text feature at the end token, image feature at the class token, not normalized
 
 The loss, for a batch of images x with labels y, among C classes:
     shift_l = mean of |s_l - s_l^0| / |s_l^0|, over the C classes (text) or the batch (image)
     L_fs    = mean over blocks of (shift_l^image - shift_l^text)^2      magnitudes, not directions
     A(z)    = z + down(QuickGELU(up(LN(z))))                surgery block, one per encoder
-    w_c     = b_t A(t_c) + (1 - b_t) t_c, normalized        class feature: t_c + b_t down(...)
+    w_c     = b_t A(t_c) + (1 - b_t) t_c, normalized        class feature
     f(x)    = b_i A(i(x)) + (1 - b_i) i(x), normalized      image feature
     L       = mean over the batch of -log softmax_c(tau * f(x) . w_c)_y, + gamma L_fs
 
-    P, Q    n = 2 vectors per block, K = 9 (or all blocks), as wide as the states. P_1 starts as the
-            first n words, and gets their positions; the others as noise, std 0.02 (authors' code)
+    P, Q    n = 2 vectors per block, K = 9 or what the shallower encoder has, as wide as the states.
+            P_1 starts as the first n words, the others as noise, std 0.02 (authors' code)
     s_l     state of the end token or class token after block l = 1 ... all; s_l^0 without prompts,
-            of the same text or crop. Encoders of different depth are paired from the last block
-    b       0.1, not trained, but raised once, after epoch E // 3 of 0 ... E - 1: b_t by 0.02, b_i
-            by 0.005 times the encoder's mean shift in that epoch (authors' code, without a reason)
-    A       `down` starts at zero (ours): A(z) = z, and the first gradient reaches only `down`
+            of the same text or crop. Of encoders of different depth the last blocks are compared
+    A       `down` starts at zero (ours), so that A(z) = z in the beginning
+    b       0.1, not trained. Once, after epoch E // 3 of 0 ... E - 1: b_t += 0.02 * mean shift^text
+            and b_i += 0.005 * mean shift^image, over blocks and the epoch. Moment and factors are
+            from the authors' code, which gives no reason and takes norms of prompts for the shifts
     tau     CLIP's learned inverse temperature, 100 in OpenAI's models (clip.logit_scale below)
     gamma   10 (ours)
 
-SGD updates P, Q and the surgery blocks together. L_fs compares how far the encoders move, not where
-to; it would also be small if both moved far at the same rate. Against this shortcut the paper adds
-the surgery, which adapts the features that come out.
+SGD trains P, Q and the surgery. L_fs compares how far the encoders move, not where to. Nothing in L
+forbids that both move far, at the same rate; against this shortcut the paper has the surgery,
+a small correction of the final features. As A(z) contains z, b is the weight of this correction.
 
 Test: argmax_c f(x) . w_c, with the same prompts and surgery for trained and new classes.
 
-Try --base-to-new --shots 16 (a minute, on the data set "shapes"). The numbers are accuracies on
-base / new classes and the gap between the encoders' shifts, with --dataset embedded --seeds 1,2,3:
-averages over eleven small data sets, with a tiny CLIP that has 75.3 / 76.5 zero-shot. CoOp has
-83.6 / 70.9. Consistency closes the gap and helps here; surgery does nothing.
+Try: each command takes a minute on its default data set, "shapes". The numbers beside it are with
+--dataset embedded --seeds 1,2,3 added, means over eleven small data sets: accuracies on base / new
+classes, and the gap, the mean over blocks of |shift_l^image - shift_l^text| after training. The
+tiny CLIP of these has 75.3 / 76.5 zero-shot, and CoOp 83.6 / 70.9. Here the consistency closes the
+gap and helps; without the surgery nothing changes.
     python restore.py --base-to-new --shots 16                         84.5 / 78.1   gap 0.03
-    ... --blend 0                                                      84.5 / 78.3       0.03
-    ... --shift-weight 0                                               82.0 / 75.5       0.31
-    ... --shift-weight 0 --blend 0                                     82.0 / 75.3       0.32
+    ... --blend 0                                                      84.5 / 78.3   gap 0.03
+    ... --shift-weight 0                                               82.0 / 75.5   gap 0.31
+    ... --shift-weight 0 --blend 0                                     82.0 / 75.3   gap 0.32
 
-The released code differs from the paper: class Released, below. SGD, schedule and dropping the
-incomplete batch are CoOp's; 10 epochs, batches of 4 and lr 0.0035 the authors' (embedded data:
-0.0005, ours). Ours: ten fixed random crops of each image, of which each epoch draws one; --views 0
-makes new crops in every epoch.
+The released code differs from the paper: its L_fs compares norms of the prompts, no features, and
+it makes Q_l from P_l (class Released, below). SGD, schedule and dropping the incomplete batch are
+CoOp's; 10 epochs, batches of 4 and lr 0.0035 the authors' (embedded data: 0.0005, ours). Ours: ten
+fixed random crops of each image, of which each epoch draws one; --views 0 makes new ones.
 """
 
 import math
@@ -88,7 +90,7 @@ class Prompt(torch.nn.Module):
 
     def __init__(self, clip, args):
         super().__init__()
-        self.clip = clip                                # no Module: parameters() leaves CLIP out
+        self.clip = clip                                # not a Module: parameters() leaves it out
         check(clip, args)
         visual, n = clip.model.visual, args.n_ctx
         K = min(args.depth, len(text_blocks(clip)), len(image_blocks(clip)))
@@ -236,7 +238,7 @@ def train(prompt, run):
     views = list(range(args.views)) or [0]
     image_0 = image_states(prompt, run, [], views, args.cache if args.views else None)
     for epoch in common.progress(range(epochs), desc="training", unit="epoch"):
-        # Epoch 0 warms up at 1e-5. From epoch 1 on the rate falls from args.lr, half a cosine.
+        # Epoch 0 warms up at 1e-5. From epoch 1 on the rate follows half a cosine, from args.lr.
         decay = (1 + math.cos(math.pi * (epoch - 1) / epochs)) / 2
         optimizer.param_groups[0]["lr"] = lr = 1e-5 if epoch == 0 else args.lr * decay
         if epoch and not args.views:                                        # fresh crops
@@ -319,7 +321,7 @@ def flags():
     parser.add_argument("--depth", type=common.count, default=9, metavar="K",
                         help="blocks with prompts, from the first, or all there are (9)")
     parser.add_argument("--towers", choices=["both", "text", "vision"], default="both",
-                        help="encoders in which prompts are learned (both)")
+                        help="encoders with prompts; if one, take --shift-weight 0 (both)")
     parser.add_argument("--prompts", choices=["independent", "coupled"], default="independent",
                         help="image prompts of their own, or made from the text's (independent)")
     parser.add_argument("--shift", choices=["features", "gram"], default="features",
