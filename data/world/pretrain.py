@@ -1,6 +1,6 @@
 """Pre-train the tiny CLIP of data/world/tiny_clip on images and captions of the embedded world.
 
-    python -m data.world.pretrain        about 80 minutes on two cores, no GPU
+    python -m data.world.pretrain        80 to 100 minutes on two cores, no GPU
     python -m data.world.sets --check    then tests the admission rules
 
 Both phases minimize CLIP's loss (Radford et al. 2021, figure 3).
