@@ -80,7 +80,7 @@ def runs(script, parser, argv=None):
                     run.title += f", run {mine.index(run.job) + 1} of {len(mine)}"
                 run.errors = note_failure(run.title, failed, len(mine) > 1)
                 if run.id in done or records.has(run):
-                    print(f"{run.title}: already in {args.out}; to repeat it, give another --out")
+                    print(f"{run.title}: already in {args.out}; --again repeats it")
                 else:
                     torch.manual_seed(run.seed)
                     yield run

@@ -71,6 +71,7 @@ def flags(doc, lr, batch_size, n_ctx, embedded_lr=None):
     add = p.add_argument_group("output").add_argument
     add("--out", type=nonempty, default="runs/results.jsonl", metavar="FILE",
         help="a line of results is added here for every run (runs/results.jsonl)")
+    add("--again", action="store_true", help="repeat runs that --out has already")
     add("--save", type=nonempty, metavar="FILE", help="save the prompt of a single run")
     add("--export", type=nonempty, metavar="FILE",
         help="write the run, to repeat it in another framework (data/results/export.py)")

@@ -31,10 +31,11 @@ def identify(root, tmp_path):
     return identify
 
 
-def test_a_recorded_run_is_not_repeated(cli):
+def test_a_recorded_run_is_repeated_with_again_only(cli):
     first = cli("coop", *QUICK)
     again = cli("coop", *QUICK, keep=True)
     assert again.records == first.records and "already in" in again.out
+    assert len(cli("coop", *QUICK, "--again", keep=True).records) == 2
 
 
 @pytest.mark.parametrize("part", ["train", "test"])

@@ -27,7 +27,7 @@ COMPUTING = [HERE / "common.py", HERE / "data" / "features.py", HERE / "data" / 
 # Flags that change no number, or that the identity holds in another form.
 ELSEWHERE = {"dataset", "data_root", "backbone", "pretrained", "shots", "seeds", "base_to_new",
              "transfer", "class_chunk", "device", "cache", "out", "save", "load", "predict",
-             "export", "typed", "defaults", "origin"}
+             "export", "again", "typed", "defaults", "origin"}
 OF_A_TEST = ["template", "test_images", "validation", "precision"]    # not of a training
 SCORES = {"few-shot": ["zero_shot", "accuracy"],
           "base-to-new": ["zero_shot_base", "zero_shot_new", "zero_shot_harmonic",
@@ -193,7 +193,7 @@ def read(file):
 def has(run):
     """Whether --out holds a run, with all targets of --transfer on the same images."""
     args = run.args
-    if args.save or args.export or args.predict:        # these are wanted in any case
+    if args.again or args.save or args.export or args.predict:  # these are wanted in any case
         return False
     wanted = {part.name: run.identities[part.name] for part in run.parts if part.transfer}
     for record in read(args.out)[0]:
