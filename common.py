@@ -389,8 +389,10 @@ def through_blocks(text, x, past):
     past  keys and values of S tokens before x, [(k, v)] with (1, heads, S, W / heads) each; or [].
     A token sees these, itself and those before it. With past, keys and values are not returned.
     ls_1 and ls_2 are open_clip's LayerScale, which does nothing in OpenAI's models."""
-    kept, S = [], past[0][0].shape[2] if past else 0
-    sees = torch.ones(x.shape[1], S + x.shape[1], dtype=torch.bool, device=x.device).tril(S)
+    kept, sees = [], None
+    if past:
+        S, L = past[0][0].shape[2], x.shape[1]
+        sees = torch.ones(L, S + L, dtype=torch.bool, device=x.device).tril(S)
     for k_v, block in itertools.zip_longest(past, text.transformer.resblocks):
         attn = block.attn
         qkv = F.linear(block.ln_1(x), attn.in_proj_weight, attn.in_proj_bias)       # (c, L, 3 W)
@@ -400,7 +402,7 @@ def through_blocks(text, x, past):
                     for old, new in zip(k_v, (k, v)))                   # (c, heads, S + L, ...)
         else:
             kept.append((k, v))
-        heads = F.scaled_dot_product_attention(q, k, v, attn_mask=sees)
+        heads = F.scaled_dot_product_attention(q, k, v, attn_mask=sees, is_causal=not past)
         x = x + block.ls_1(attn.out_proj(heads.transpose(1, 2).flatten(2)))
         x = x + block.ls_2(block.mlp(block.ln_2(x)))
     return x, kept
