@@ -50,7 +50,7 @@ tiny CLIP of these has 75.3 / 76.5 zero-shot, and CoOp 83.6 / 70.9.
     ... --classifier soft --augment 0                                  84.4 / 72.4, no z
     ... --classifier soft --critic cosine                              84.5 / 71.3, P, Q, t fixed
 All parts help w_c itself on new classes. Where u_c averages it with h_c, L_view adds nothing. Why a
-fixed critic is worse than none, we do not know.
+fixed critic is worse than no L_view (with 4 shots it is not), we do not know.
 
 Ours as in coop.py: ten random crops of each image are encoded once, and each epoch draws one of
 them; --views 0 encodes new crops in every epoch.
