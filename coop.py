@@ -17,18 +17,19 @@ vectors, the context, and trains them on a few labeled images with cross-entropy
 
 SGD learns v alone, from --shots images of each class. Test: argmax_c f(x) . w_c over the classes
 tested. One context serves all classes, also those it was not trained on: --base-to-new trains on
-the first half of the classes, the base classes, and then classifies each half among its own. CoOp
-loses accuracy on the new half; ProGrad, MVP-MI and RESTORE (the other scripts) try to prevent that.
+the first half of the classes, the base classes, and then classifies the images of each half among
+the classes of that half. CoOp loses accuracy on the new half; ProGrad, MVP-MI and RESTORE (a script
+each) try to prevent that.
 
-Try: a command takes seconds on its default data set, "shapes". The numbers beside it are accuracies
-on base / new classes with --dataset embedded --seeds 1,2,3 added, means over eleven small sets. The
-tiny CLIP of these has 75.3 / 76.5 zero-shot. Standard deviations: data/results/README.md.
+Try: each command takes seconds on the default data set, "shapes". The numbers beside it come from
+longer runs, with --dataset embedded --seeds 1,2,3 added: accuracies on base / new classes, means
+over eleven small data sets. Zero-shot, their CLIP, a tiny one, has 75.3 / 76.5.
     python coop.py --base-to-new --shots 16                            83.6 / 70.9
-    ... --n-ctx 4                                                      83.6 / 72.7
 
-From the paper: loss, schedule, random crops and flips. From the authors' code: momentum, weight
-decay, dropping the last incomplete batch. Ours: ten random crops of each image are encoded once,
-and each epoch draws one of them; --views 0 encodes new crops in every epoch.
+From the papers: equations, M, learning rate, schedule, random crops and flips; from CoCoOp's: base
+and new classes. From the authors' code: batch size, momentum, weight decay, dropping the last
+incomplete batch. Ours: ten random crops of each image are encoded once, and each epoch draws one of
+them; --views 0 encodes new crops in every epoch.
 """
 
 import math
@@ -68,7 +69,7 @@ class Prompt(torch.nn.Module):
 
 
 def initial_context(run):
-    """Return v before training: as many tokens as --ctx-init has, or Gaussian noise (paper)."""
+    """Return v before training: the tokens of --ctx-init, as many as these are, or CoOp's noise."""
     per_class = [len(run.classes)] if run.args.class_specific else []   # a first dimension, or none
     if run.args.ctx_init:
         return common.embed(run.clip, run.args.ctx_init).repeat(*per_class, 1, 1)
@@ -84,13 +85,14 @@ def train(prompt, run):
     optimizer = torch.optim.SGD(prompt.parameters(), args.lr, momentum=0.9, weight_decay=5e-4)
     epochs = args.epochs or common.default_epochs(run)  # 1 shot, ImageNet: 50; 2-7: 100; 8 up: 200
     for epoch in common.progress(range(epochs), desc="training", unit="epoch"):
-        # Epoch 0 warms up at 1e-5. From epoch 1 on the rate follows half a cosine, from args.lr.
+        # Epoch 0 warms up at 1e-5. From epoch 1 on the rate falls from args.lr along half a cosine,
+        # one epoch behind, so that the last rate is small and not 0 (authors' code).
         decay = (1 + math.cos(math.pi * (epoch - 1) / epochs)) / 2
         optimizer.param_groups[0]["lr"] = lr = 1e-5 if epoch == 0 else args.lr * decay
         # Shuffled mini-batches (32 images by default); an incomplete last one is dropped unless it
         # is the only one. Each image appears as one of its random crops (ten by default).
         for f, y in run.batches(epoch):                 # (B, D), (B,)
-            with clip.autocast():                       # the text encoder in bf16 on a GPU
+            with clip.autocast():                       # bf16 on a GPU (see --precision)
                 w = prompt(names)                       # (C, D)
             logits = clip.logit_scale * f @ w.T         # (B, C)
             loss = F.cross_entropy(logits, y)

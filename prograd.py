@@ -3,8 +3,8 @@
 Zhu, Niu, Han, Wu, Zhang: "Prompt-aligned Gradient for Prompt Tuning", ICCV 2023, arXiv 2205.14865.
 
 CoOp's context overfits the training images; other classes fall below zero-shot CLIP. ProGrad takes
-from each step what would move the predictions on these images away from zero-shot CLIP's. As all
-classes share the context, this should protect the other classes, too. CLIP is frozen.
+out of each gradient what would move the predictions on these images away from zero-shot CLIP's. As
+all classes share the context, this should protect the other classes, too. CLIP is frozen.
 
     w_c    = g([start] v_1 ... v_M [name of c] "." [end])      class feature of class c
     p(c|x) = softmax_c(tau * f(x) . w_c)                        CLIP's classifier
@@ -18,25 +18,28 @@ classes share the context, this should protect the other classes, too. CLIP is f
     g      the frozen text encoder, read at the end token and normalized                    (D,)
     v      the learned context: M vectors of the text encoder's width W                     (M, W)
     tau    CLIP's learned inverse temperature, 100 in OpenAI's models (clip.logit_scale below)
-    p_zs   p of zero-shot CLIP with ProGrad's template (printed accuracies: with the data set's own)
+    p_zs   p of zero-shot CLIP with ProGrad's template. It is also the start of v: zeros, then its
+           words before the name. (Zero-shot accuracies that are printed: the data set's template)
 
-To first order a step along -G_d changes L_g by -G_d . G_g: in a conflict it rises. With lambda = 1
-a step along -G does not change it; SGD's momentum and weight decay, which come after, still may.
+To first order a step -s G_d changes L_g by -s G_d . G_g: in a conflict L_g rises. With lambda = 1 a
+step -s G leaves it as it is; SGD's momentum and weight decay, which come after, may change it.
 
 SGD learns v alone, from --shots images of each class. Test: argmax_c f(x) . w_c over the classes
 tested. One context serves all classes, also those it was not trained on: --base-to-new trains on
-the first half of the classes, the base classes, and then classifies each half among its own. CoOp
-loses accuracy on the new half; ProGrad, MVP-MI and RESTORE (the other scripts) try to prevent that.
+the first half of the classes, the base classes, and then classifies the images of each half among
+the classes of that half. CoOp loses accuracy on the new half; ProGrad, MVP-MI and RESTORE (a script
+each) try to prevent that.
 
-Try: a command takes seconds on its default data set, "shapes". The numbers beside it are accuracies
-on base / new classes with --dataset embedded --seeds 1,2,3 added, means over eleven small sets. The
-tiny CLIP of these has 75.3 / 76.5 zero-shot. Standard deviations: data/results/README.md.
+Try: each command takes seconds on the default data set, "shapes". The numbers beside it come from
+longer runs, with --dataset embedded --seeds 1,2,3 added: accuracies on base / new classes, means
+over eleven small data sets. Zero-shot, their CLIP, a tiny one, has 75.3 / 76.5.
     python prograd.py --base-to-new --shots 16                         80.8 / 75.0
-    ... --projection 0                                                 83.7 / 71.6, from this start
+    ... --projection 0                                      83.7 / 71.6, CoOp from this start
 
-From the paper: loss, schedule, random crops and flips. From the authors' code: momentum, weight
-decay, dropping the last incomplete batch. Ours: ten random crops of each image are encoded once,
-and each epoch draws one of them; --views 0 encodes new crops in every epoch.
+From the papers: equations, M, learning rate, schedule, random crops and flips; from CoCoOp's: base
+and new classes. From the authors' code: batch size, momentum, weight decay, dropping the last
+incomplete batch. Ours: ten random crops of each image are encoded once, and each epoch draws one of
+them; --views 0 encodes new crops in every epoch.
 """
 
 import math
@@ -78,9 +81,9 @@ class Prompt(torch.nn.Module):
 
 
 def initial_context(run):
-    """Return v before training, zeros and then the template's words before the name or --ctx-init,
-    and what is left over: the authors' code takes as many tokens as words, but "a type of pet, a
-    photo of a" has 9 tokens for 8 words. The last stays before the name, frozen."""
+    """Return v before training (zeros, then the words of --ctx-init or of the template before the
+    name) and `left_over`. The authors' code takes as many tokens as there are words: of "a type of
+    pet, a photo of a", 8 words, the ninth is left over. It stays before the name, frozen."""
     per_class = [len(run.classes)] if run.args.class_specific else []   # a first dimension, or none
     text = run.args.ctx_init or run.data.prograd_template.split("{}")[0]
     words, left_over = common.embed(run.clip, text).tensor_split([len(text.split())])
@@ -102,13 +105,14 @@ def train(prompt, run):
     epochs = args.epochs or common.default_epochs(run)  # 1 shot, ImageNet: 50; 2-7: 100; 8 up: 200
     w_zs = common.template_features(clip, run.data.prograd_template, run.classnames)    # (C, D)
     for epoch in common.progress(range(epochs), desc="training", unit="epoch"):
-        # Epoch 0 warms up at 1e-5. From epoch 1 on the rate follows half a cosine, from args.lr.
+        # Epoch 0 warms up at 1e-5. From epoch 1 on the rate falls from args.lr along half a cosine,
+        # one epoch behind, so that the last rate is small and not 0 (authors' code).
         decay = (1 + math.cos(math.pi * (epoch - 1) / epochs)) / 2
         optimizer.param_groups[0]["lr"] = lr = 1e-5 if epoch == 0 else args.lr * decay
         # Shuffled mini-batches (32 images by default); an incomplete last one is dropped unless it
         # is the only one. Each image appears as one of its random crops (ten by default).
         for f, y in run.batches(epoch):                 # (B, D), (B,)
-            with clip.autocast():                       # the text encoder in bf16 on a GPU
+            with clip.autocast():                       # bf16 on a GPU (see --precision)
                 w = prompt(names)                       # (C, D)
             logits = clip.logit_scale * f @ w.T         # (B, C)
             loss = F.cross_entropy(logits, y)
