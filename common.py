@@ -50,8 +50,9 @@ from torchvision.transforms import (
     Compose, InterpolationMode, PILToTensor, RandomHorizontalFlip, RandomResizedCrop)
 from tqdm import tqdm
 
-from data import checks, features, weights
-from data.flags import flags, parse, settle     # noqa: F401  flags: for the scripts
+from data import features, weights
+from data.flags import (        # noqa: F401  flags: for the scripts
+    check_names, check_origin, check_protocol, flags, parse, settle)
 from data.load import Data, Item, load_data
 from data.results import export, records, report
 from data.weights import TINY_CLIP
@@ -131,13 +132,13 @@ def runs_on(dataset, jobs, script, args):
         sets = [load_data(name, args.data_root, None if k else args.template)
                 for k, name in enumerate([dataset, *args.transfer])]
         sets = [choose_tests(some, args) for some in sets]
-        checks.protocol(sets[0], args)
+        check_protocol(sets[0], args)
     data, *others = sets
     clip = load_clip(args.backbone, args.pretrained, args.device, args.precision,
                      args.class_chunk, "backbone" in args.typed or bool(origin))
-    checks.names(clip, args, sets)
+    check_names(clip, args, sets)
     if origin:
-        checks.origin(args, method, clip.weights, data)
+        check_origin(args, method, clip.weights, data)
     tested = ("base", "new") if args.base_to_new else ("all classes",)
     parts = [Part(which, data, *choose(data, data.test, which)) for which in tested]
     parts += [Part(other.name, other, *choose(other, other.test, "all classes"), True)

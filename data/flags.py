@@ -1,4 +1,6 @@
-"""The flags of the four methods: what they are, what --load fills in, what goes together."""
+"""The flags of the four methods: what they are, what --load fills in, and what goes together.
+
+check_flags: flags among themselves; check_protocol, check_names, check_origin: with data and CLIP."""
 
 import argparse
 import copy
@@ -8,6 +10,7 @@ from pathlib import Path
 import torch
 
 from data.errors import Parser, Problem, count, counts, nonempty, positive, whole, wholes
+from data.features import read_whole, tensor_digest
 from data.load import check_template, dataset_names, is_embedded
 from data.results import records
 from data.weights import TINY_CLIP, backbone_name
@@ -94,7 +97,7 @@ def parse(parser, argv=None):
     if args.origin:
         take_from(args, args.origin)
     args.dataset = args.dataset or ["shapes"]
-    check(args)
+    check_flags(args)
     return args
 
 
@@ -145,7 +148,7 @@ def settle(args, parser, dataset):
     return args
 
 
-def check(args):
+def check_flags(args):
     """Raise Problem where flags do not go together, or where a run could not write its results."""
     if len(set(args.transfer)) < len(args.transfer) or set(args.transfer) & set(args.dataset):
         raise Problem("--transfer: names a data set twice, or the one that is learned")
@@ -173,3 +176,58 @@ def check(args):
         raise Problem("--out, --save and --export name the same file")
     for kind, file in files.items():
         records.check_output(file, kind)
+
+
+def check_protocol(data, args):
+    """Raise Problem where a data set cannot serve the protocol; print its note."""
+    half, labels = (len(data.classnames) + 1) // 2, {item.label for item in data.test}
+    if args.base_to_new and (len(data.classnames) < 4 or min(labels) >= half or max(labels) < half):
+        raise Problem(f"{data.name}: --base-to-new needs two classes or more in each half")
+    if not data.train and not args.load:
+        raise Problem(f"{data.name} has no training images; it is for --transfer or --load")
+    if data.note:
+        print(f"{data.name}: {data.note}")
+
+
+def check_names(clip, args, sets):
+    """Raise Problem where two classes have the same prompt; name words that a CLIP has never met.
+
+    ImageNet's published names hold two such pairs: a published data set is only told of. The tiny
+    CLIP's embeddings of words that it has never met are zeros."""
+    met = clip.text.token_embedding.weight.ne(0).any(-1).tolist()
+    texts = [(args.template or "").replace("|", " "), getattr(args, "ctx_init", "") or ""]
+    for data in sets:
+        prompts = {}
+        for name in data.classnames:
+            text = " ".join(name.replace("_", " ").split())
+            tokens = tuple(clip.tokenizer.encode(text))
+            if tokens in prompts:
+                line = f"{data.name}: classes {prompts[tokens]!r} and {name!r} have the same prompt"
+                if data.own:
+                    raise Problem(f"{line}; give each class a name of its own")
+                print(line)
+            prompts[tokens] = name
+            texts.append(text)
+    words = dict.fromkeys(word for text in texts for word in text.replace("{}", " ").split())
+    strange = [word for word in words if not all(met[t] for t in clip.tokenizer.encode(word))]
+    if strange:
+        more = f" and {len(strange) - 4} more" * (len(strange) > 4)
+        print(f"this CLIP has never met {', '.join(map(repr, strange[:4]))}{more}; for your own "
+              "images take --backbone ViT-B-16 (a download of 600 MB)")
+
+
+def check_origin(args, method, weights, data):
+    """Raise Problem where the prompt of --load cannot be tested as the flags ask for it."""
+    origin, start = args.origin, f"--load {args.load}: "
+    learned, classes = {*map(tuple, origin["classes"])}, list(enumerate(data.classnames))
+    if origin["method"] != method:
+        raise Problem(f"{start}was saved by {origin['method']}, not by {method}")
+    if tensor_digest(read_whole(args.load, "--load")) != origin["tensors"]:
+        raise Problem(f"{start}is damaged: its tensors have changed")
+    if origin["weights"] != weights:
+        name = f"{origin['backbone']} {origin['pretrained']}".strip()
+        raise Problem(f"{start}was trained with other weights ({name})")
+    if args.base_to_new and learned & {*classes[(len(classes) + 1) // 2:]}:
+        raise Problem(f"{start}was trained on classes of the new half, too")
+    if getattr(args, "class_specific", False) and learned != {*classes}:
+        raise Problem(f"{start}holds contexts of other classes (--class-specific)")
