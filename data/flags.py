@@ -1,6 +1,6 @@
 """The flags of the four methods: what they are, what --load fills in, and what goes together.
 
-check_flags: flags among themselves; check_protocol, check_names, check_origin: with data and CLIP."""
+check_flags: flags with each other; check_protocol, check_names, check_origin: with data and CLIP."""
 
 import argparse
 import copy
