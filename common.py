@@ -80,8 +80,8 @@ def runs(script, parser, argv=None):
                 if len(mine) > 1:
                     run.title += f", run {mine.index(run.job) + 1} of {len(mine)}"
                 run.errors = note_failure(run.title, failed, len(mine) > 1)
-                if run.id in done or records.has(run):
-                    print(f"{run.title}: already in {args.out}; --again repeats it")
+                if record := records.find(run):
+                    report.show(run.title, record, f"already in {args.out}; --again repeats it")
                 else:
                     torch.manual_seed(run.seed)
                     yield run
@@ -676,7 +676,7 @@ class Run:
         if args.export:
             export.write(self, prompt, rows)
         if rows:
-            report.show(self.title, record, args.out)
+            report.show(self.title, record, f"recorded in {args.out}")
         if args.predict:
             self.predict(prompt)
 

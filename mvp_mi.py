@@ -193,7 +193,7 @@ def flags():
     """Return the parser of this script's flags."""
     parser = common.flags(__doc__, lr=0.002, batch_size=32, n_ctx=16)
     parser.add_argument("--ctx-init", type=common.words, metavar="WORDS",
-                        help="start from these words (see initial_context)")
+                        help="words whose embeddings the context starts from")
     parser.add_argument("--class-specific", action="store_true",
                         help="learn one context per class; it cannot be used with new classes")
     parser.add_argument("--position", choices=["end", "middle", "front"], default="end",

@@ -1,6 +1,6 @@
 """The flags of the four methods: what they are, what --load fills in, and what goes together.
 
-check_flags: flags with each other; check_protocol, check_names, check_origin: with data and CLIP."""
+check_flags: with each other; check_protocol, check_names, check_origin: with data and CLIP."""
 
 import argparse
 import copy
@@ -39,7 +39,7 @@ def flags(doc, lr, batch_size, n_ctx, embedded_lr=None):
     add("--validation", action="store_true",
         help="test on the validation images instead: to choose settings")
     add("--backbone", type=nonempty, metavar="NAME",
-        help="an open_clip model, or local-dir:PATH (embedded data: the tiny CLIP; else ViT-B-16)")
+        help="open_clip's, local-dir:PATH or tiny_clip (embedded data: tiny_clip; else ViT-B-16)")
     add("--pretrained", type=nonempty, metavar="TAG",
         help="the weights: an open_clip tag, a file, or 'random' (openai)")
     add("--device", choices=["cpu", "cuda"], help="(embedded data: cpu; else cuda if there is one)")
@@ -53,7 +53,7 @@ def flags(doc, lr, batch_size, n_ctx, embedded_lr=None):
         help="training images per class (4)")
     add("--seeds", type=wholes, default=[1], metavar="N,...", help="a run for each (1)")
     add("--epochs", type=count, metavar="N",
-        help="passes over the training images (see the script)")
+        help="passes over the training images (50, 100 or 200, by the shots; RESTORE: 10)")
     add("--lr", type=positive, help=f"learning rate ({lr}{also})")
     add("--batch-size", type=count, default=batch_size, metavar="N",
         help=f"training images per step ({batch_size})")
@@ -208,7 +208,8 @@ def check_names(clip, args, sets):
                 print(line)
             prompts[tokens] = name
             texts.append(text)
-    words = dict.fromkeys(word for text in texts for word in text.replace("{}", " ").split())
+    words = dict.fromkeys(word.strip(".,") for text in texts for word in text.split())
+    words = [word for word in words if word not in ("", "{}")]
     strange = [word for word in words if not all(met[t] for t in clip.tokenizer.encode(word))]
     if strange:
         more = f" and {len(strange) - 4} more" * (len(strange) > 4)

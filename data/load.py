@@ -64,6 +64,8 @@ def find_name(text):
         return text
     if os.path.isdir(text):
         return check_text(str(Path(text).resolve()))
+    if os.path.dirname(text):
+        raise Problem(f"no such folder: {text[:200]!r}")
     near = difflib.get_close_matches(text, [*NAMES, *SUITES], n=3, cutoff=0.4)
     hint = f"did you mean {' or '.join(near)}?" if near else "no name and no folder;"
     raise Problem(f"unknown data set {text[:200]!r}: {hint} `python common.py --data` lists all")

@@ -16,8 +16,8 @@ from data.errors import Problem
 from data.features import digest, tensor_digest
 
 TINY_CLIP = Path(__file__).resolve().parent / "world" / "tiny_clip"
-OFFLINE = ("; to try the command without weights: --pretrained random; "
-           "`python prograd.py` needs no download")
+OFFLINE = ("; to try the command without a download: --backbone tiny_clip (it knows few words), "
+           "or --pretrained random")
 
 
 def create(name, tag, chosen=True):
@@ -29,7 +29,7 @@ def create(name, tag, chosen=True):
     Raises Problem: no such model or weights, or a text encoder that is not CLIP's."""
     local = name.startswith("local-dir:")
     if not local and name not in open_clip.list_models():
-        near = difflib.get_close_matches(name, open_clip.list_models(), n=3, cutoff=0.3)
+        near = difflib.get_close_matches(name, ["tiny_clip", *open_clip.list_models()], 3, 0.3)
         raise Problem(f"unknown backbone {name!r}: did you mean {' or '.join(near) or 'ViT-B-16'}? "
                       "(or local-dir:PATH)")
     spec = {} if local else open_clip.get_pretrained_cfg(name, tag)

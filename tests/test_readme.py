@@ -59,8 +59,8 @@ def test_the_python_example_runs(root, monkeypatch, capsys):
     (code,) = re.findall(r"```python\n(import .*?)```", README, re.S)
     small = f'"16", "--data-root", "{root}", "--epochs", "2"'
     exec(code.replace('"16"', small), {})
-    accuracy, similarities = capsys.readouterr().out.split("\n", 1)
-    assert 0 <= float(accuracy) <= 100 and "tensor" in similarities
+    *_, recorded, name = capsys.readouterr().out.splitlines()
+    assert "recorded in" in recorded and "with a" in name
 
 
 def test_patches_and_pictures_are_there():

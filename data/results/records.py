@@ -190,17 +190,19 @@ def read(file):
     return records, odd
 
 
-def has(run):
-    """Whether --out holds a run, with all targets of --transfer on the same images."""
+def find(run):
+    """Return the record of a run in --out, with all targets of --transfer on the same images.
+
+    None if there is none, or if the run is to be made in any case, as a file is asked of it."""
     args = run.args
-    if args.again or args.save or args.export or args.predict:  # these are wanted in any case
-        return False
+    if args.again or args.save or args.export or args.predict:
+        return None
     wanted = {part.name: run.identities[part.name] for part in run.parts if part.transfer}
     for record in read(args.out)[0]:
         found = {name: target["data"] for name, target in record["transfer"].items()}
         if record["run"] == run.id and wanted.items() <= found.items():
-            return True
-    return False
+            return record
+    return None
 
 
 def is_record(record):

@@ -6,8 +6,8 @@ import statistics
 from data.results import records
 
 
-def show(title, record, out):
-    """Print a record's accuracies, their KL divergence from zero-shot CLIP, and its place."""
+def show(title, record, note):
+    """Print a record's accuracies, their KL divergence from zero-shot CLIP, and a note."""
     if record["protocol"] == "base-to-new":
         rows = [(name, record[f"zero_shot_{name}"], record[name], record["kl"].get(name))
                 for name in ("base", "new", "harmonic")]
@@ -21,7 +21,7 @@ def show(title, record, out):
     for name, zero_shot, accuracy, kl in rows:
         tail = f"{kl:17.2f}" if kl is not None else ""
         print(f"{'  ' + name:<{width}} {zero_shot:9.1f} {accuracy:9.1f}{tail}")
-    print(f"  recorded in {out}")
+    print(f"  {note}")
 
 
 def show_means(out, ids):

@@ -12,7 +12,7 @@ from pathlib import Path
 from statistics import fmean, harmonic_mean, mode, stdev
 
 from data.errors import Parser, Problem
-from data.load import NAMES, PUBLISHED, SUITES, is_embedded, list_data
+from data.load import NAMES, PUBLISHED, SUITES, is_embedded, list_data, listed
 from data.results import records
 
 HERE = Path(__file__).resolve().parent
@@ -116,8 +116,10 @@ def flatten(found):
 
 def measure(r, about):
     """Yield a record's table, data set, its data and {column: (value, zero-shot CLIP's)}."""
-    shots, suite = plural(r["shots"], "shot"), "papers'" if r["dataset"] in NAMES else "own"
-    table = Table(f"{'embedded' if is_embedded(r['dataset']) else suite} data sets", about, shots)
+    shots, suite = plural(r["shots"], "shot"), r["dataset"]         # a data set of one's own
+    if r["dataset"] in NAMES:
+        suite = f"{'embedded' if is_embedded(r['dataset']) else 'papers'} data sets"
+    table = Table(suite, about, shots)
     if r["protocol"] == "few-shot":
         table, scores = table._replace(shots=""), {shots: (r["accuracy"], r["zero_shot"])}
     else:
@@ -218,7 +220,8 @@ def average_rows(cells):
     """Return a table's averages, {shots: the data sets that they are over}, and notes.
 
     These are the data sets that all rows have, at least two. A row with fewer than half of the data
-    sets of the fullest would cost the others too many, and is left out."""
+    sets of the fullest would cost the others too many, and is left out, as is a seed that not all
+    of the data sets have."""
     means, over, notes = [], {}, []
     for (shots,), some in group(cells, "shots").items():
         learned = group([c for c in some if c.seed is not None], "row")
@@ -232,12 +235,9 @@ def average_rows(cells):
         over |= {shots: common} if found else {}
         seeds = {f"{c.row} seed {c.seed}" for c in used if found and c.seed is not None}
         seeds -= {f"{c.row} seed {c.seed}" for c in found}
-        start = f"{'average' if found else 'no average'}, {plural(shots, 'shot')}, without"
-        left_out = {"data sets that not all rows have": {c.dataset for c in some} - common,
-                    "rows with fewer than half of the data sets": set(rows) - set(full),
-                    "seeds that not all data sets have": seeds}
-        notes += [f"{start} {what}: {', '.join(sorted(left_out[what]))}"
-                  for what in left_out if left_out[what]]
+        left_out = sorted({c.dataset for c in some} - common | set(rows) - set(full) | seeds)
+        if left_out and found:
+            notes.append(f"average, {plural(shots, 'shot')}, without {listed(left_out)}")
     return means, over, notes
 
 
@@ -254,7 +254,7 @@ def compare(cells, other):
             if a.column == b.column and (a.seed == b.seed or None in (a.seed, b.seed)):
                 higher = [mean(sets[row, a.column, name]) > mean(sets[other, a.column, name])
                           for name in both]
-                remark = f"{sum(higher)} of {len(higher)}"
+                remark = f"{sum(higher)} of {len(higher)}" if len(higher) > 1 else ""
                 found.append(a._replace(value=a.value - b.value, remark=remark))
     return found
 
@@ -265,7 +265,9 @@ def compare(cells, other):
 def list_tables(cells, notes, args):
     """Yield averages, transfer, single data sets (with --all all), or differences to --against."""
     for (table,), some in group(cells, "table").items():
-        title, transfer = name_table(table), " to " in table.suite
+        transfer = " to " in table.suite
+        one = len({c.dataset for c in some}) == 1 and not transfer
+        title = name_table(table._replace(suite=some[0].dataset) if one else table)
         if args.against:
             above = compare(some, args.against)
             if above:
@@ -273,9 +275,8 @@ def list_tables(cells, notes, args):
             continue
         means, over, reasons = average_rows(some)
         notes[table] = reasons + notes.get(table, [])
-        one = len({c.dataset for c in some}) == 1
-        if one and not transfer:
-            yield table, name_table(table._replace(suite=some[0].dataset)), pivot(some)
+        if one:
+            yield table, title, pivot(some)
         elif means and not transfer:
             counts = " or ".join(map(str, sorted({len(sets) for sets in over.values()})))
             yield table, f"average over {counts} {title}", pivot(means + published(some, over))
@@ -330,7 +331,7 @@ def pivot(cells, down="row", across="column", sign=""):
     for (row, column), some in places.items():
         if down == "row" and not sign and some[0].column not in OTHER_UNITS:
             best[column] = max(best.get(column, 0), round(mean(some), 1))
-    columns = dict.fromkeys(column for _, column in places)
+    columns = dict.fromkeys(getattr(c, across) for c in sorted(cells, key=lambda c: c.shots))
     grid = [["", *columns]]
     for row in dict.fromkeys(row for row, _ in places):
         grid.append([row])
