@@ -16,8 +16,8 @@ from data.errors import Problem
 from data.features import digest, tensor_digest
 
 TINY_CLIP = Path(__file__).resolve().parent / "world" / "tiny_clip"
-OFFLINE = ("; to try the command without a download: --backbone tiny_clip (it knows few words), "
-           "or --pretrained random")
+OFFLINE = ("; to try without a download: --backbone tiny_clip (it knows few words), --pretrained "
+           "random, or `python prograd.py`")
 
 
 def create(name, tag, chosen=True):
