@@ -4,22 +4,27 @@
                     for every number of shots and seed: draw the few-shot sample, and yield a Run
       Prompt        the script's: class_features(part) -> (C, D), unit-norm. A method that changes
                     the image encoder has image_features(pixels) -> (n, D), too
-      Run.start     encode the test images; then the sample's views, or load a saved prompt
-      train         the script's: for each epoch, for each batch of Run.batches: class features,
-                    loss, step, Run.log
+      Run.start     encode the test images; then encode the sample's views, or load a saved prompt
+      train         the script's: for each epoch, for each batch of Run.batches (or pixel_batches):
+                    class features, loss, step, Run.log
       Run.finish    classify the test images; record, save, print
 
-All arithmetic of a run is here or in the method's script. data/ holds the rest: flags, data sets
-and their files, pixels, the cache of image features, records and tables.
+Files: data/sets/NAME       images and split, downloaded or drawn on first use (load_data)
+       data/sets/cache      digests of image files, image features (add_contents, encode_images)
+       runs/results.jsonl   a line for each run, by which it is skipped later (Run.finish, runs)
 
-Shapes: N images, B of them in a mini-batch, V augmented views of each, n some of them. C classes,
-c in a chunk. M context vectors, l tokens in a piece of a prompt; S tokens that all prompts share,
-and L after them. W the width of the text encoder, D the dimension of the features.
+All arithmetic between normalized pixels and accuracies is here or in the method's script. data/
+holds the rest: flags, data sets and their files, pixels, the cache, records and tables.
+
+Shapes: N images, B of them in a mini-batch, V augmented views of each, n any number of them. C
+classes, c of them in a chunk (but w_c is the feature of class c). M context vectors, l tokens in a
+piece of a prompt; S tokens that all prompts share, and L after them. W the width of the text
+encoder (of an image in (n, 3, H, W)), D the dimension of the features.
 """
 
 import sys
 
-from data.errors import (       # noqa: F401  the scripts use them, too
+from data.errors import (       # noqa: F401  most are for the scripts
     Problem, count, nonnegative, one_line_errors, positive, whole, words)
 
 if __name__ == "__main__":      # python common.py: tables of recorded runs, without importing torch
@@ -40,7 +45,7 @@ import platform
 import random
 import time
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -57,7 +62,7 @@ from data.load import Data, Item, load_data
 from data.results import export, records, report
 from data.weights import TINY_CLIP
 
-THREADS = torch.get_num_threads()
+THREADS = torch.get_num_threads()       # as PyTorch found them; a small CLIP gets one
 progress = functools.partial(tqdm, disable=None, leave=False)   # no bar without a terminal
 
 
@@ -68,9 +73,10 @@ def runs(script, parser, argv=None):
 
     script  the method's __file__
 
-    Skips runs that --out has already. Under torchrun every process takes its share. If there are
-    several runs, a user error ends only one of them, or those on its data set, and is named at the
-    end. Errors while loading are caught here, those of a run by the script's `with run.errors`."""
+    Skips runs that --out has already. Under torchrun every process takes its share. In a command of
+    several runs a user error ends one run, or all on its data set; the others go on, and it is
+    named at the end. Those while loading are caught here; those while encoding, training and
+    testing by the script's `with run.errors`."""
     args = parse(parser, argv)
     jobs = list(itertools.product(args.dataset, args.shots, args.seeds))
     mine, done, failed = share(jobs), [], []
@@ -108,11 +114,7 @@ def share(jobs):
     """Return this process's part of the jobs: under torchrun a block of neighbours, else all."""
     if not ("RANK" in os.environ and "WORLD_SIZE" in os.environ):
         return jobs
-    rank, processes = (os.environ[name] for name in ("RANK", "WORLD_SIZE"))
-    if not (rank.isdecimal() and processes.isdecimal() and int(rank) < int(processes)):
-        raise Problem(f"the environment's RANK {rank!r} and WORLD_SIZE {processes!r} make no sense;"
-                      " unset them to run alone")
-    rank, processes = int(rank), int(processes)
+    rank, processes = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     mine = jobs[len(jobs) * rank // processes:len(jobs) * (rank + 1) // processes]
     if not mine:
         print(f"nothing to do for process {rank} of {processes}: there are {len(jobs)} runs")
@@ -121,21 +123,25 @@ def share(jobs):
 
 def runs_on(dataset, jobs, script, args):
     """Yield the Runs on one data set: load and check everything, encode nothing yet."""
-    # origin: what the file of --load tells of its training, or None. To name the classes of single
-    # images it is enough: no data set is loaded, unless a flag asks for one.
+    # origin: what the file of --load tells of its training, or None. It has the class names, which
+    # is enough for --predict: no data set is loaded then, unless a flag asks for one.
     method, origin = Path(script).stem, args.origin
-    if origin and args.predict and not {"dataset", "transfer", "base_to_new"} & {*args.typed}:
+    asked = {"dataset", "transfer", "base_to_new"} & {*args.typed}
+    if origin and args.predict and not asked:
         classnames = [name for _, name in origin["classes"]]
         template = args.template or origin["template"]
         sets = [Data(dataset, classnames, template, prograd_template=template)]
     else:
-        sets = [load_data(name, args.data_root, None if k else args.template)
-                for k, name in enumerate([dataset, *args.transfer])]
+        sets = [load_data(dataset, args.data_root, args.template),
+                *(load_data(name, args.data_root) for name in args.transfer)]
         sets = [choose_tests(some, args) for some in sets]
         check_protocol(sets[0], args)
     data, *others = sets
     clip = load_clip(args.backbone, args.pretrained, args.device, args.precision,
                      args.class_chunk, "backbone" in args.typed or bool(origin))
+    if "OMP_NUM_THREADS" not in os.environ:     # on small matrices more threads only wait
+        small = clip.text.positional_embedding.shape[1] < 256
+        torch.set_num_threads(1 if small else THREADS)
     check_names(clip, args, sets)
     if origin:
         check_origin(args, method, clip.weights, data)
@@ -152,7 +158,8 @@ def runs_on(dataset, jobs, script, args):
             sample, classes = [], [tuple(pair) for pair in origin["classes"]]
         else:
             if shots > most:
-                print(f"{dataset}: no class has {shots} training images; using the {most} it has")
+                print(f"{dataset}: no class has {shots} training images; using the {most} that the "
+                      "largest has")
                 shots = most
             sample = add_contents(few_shot(data.train, shots, seed), args.cache)
             sample, classes = choose(data, sample, tested[0])       # all classes, or base
@@ -193,17 +200,14 @@ def choose(data, items, which):
 def choose_tests(data, args):
     """Return the data set with the test images that the flags ask for.
 
-    --validation: the validation images instead. --test-images: about so many, drawn at random,
-    equally many of each class and at least one, the same for every method and seed."""
-    data = copy.copy(data)
-    if args.validation and len({item.label for item in data.val}) < len(data.classnames):
+    --validation: the validation images instead. --test-images N: N // C of each class, or one,
+    drawn at random, the same for every method and seed."""
+    test = data.val if args.validation else data.test
+    if args.validation and len({item.label for item in test}) < len(data.classnames):
         raise Problem(f"{data.name}: --validation: there are classes with no validation images")
-    data.test = data.val if args.validation else data.test
     if args.test_images:
-        each = max(1, args.test_images // len(data.classnames))
-        data.test = few_shot(data.test, each, seed=0)
-    data.test = add_contents(data.test, args.cache)
-    return data
+        test = few_shot(test, max(1, args.test_images // len(data.classnames)), seed=0)
+    return replace(data, test=add_contents(test, args.cache))
 
 
 def add_contents(items, cache):
@@ -229,7 +233,7 @@ class Clip:
     class_chunk: int
     name: str                   # of the backbone, as recorded
     activation: str
-    weights: str                # digest of weights, architecture and activation
+    weights: str                # digest of weights, image encoder and activation
     image_key: str              # digest of the image encoder and its preprocessing
 
     def autocast(self):
@@ -256,14 +260,11 @@ class Clip:
 @functools.cache
 def load_clip(backbone=f"local-dir:{TINY_CLIP}", pretrained="", device="cpu", precision="fp32",
               class_chunk=128, chosen=True):
-    """Return the Clip of --backbone and --pretrained.
+    """Return the Clip of --backbone and --pretrained. chosen: see weights.create.
 
     Raises Problem if there is no such model, no weights, or a text encoder that is not CLIP's."""
     torch.manual_seed(0)                                        # for --pretrained random
     found = weights.create(backbone, pretrained, chosen)
-    if "OMP_NUM_THREADS" not in os.environ:     # on small matrices more threads only wait
-        small = found["text"].positional_embedding.shape[1] < 256
-        torch.set_num_threads(1 if small else THREADS)
     if device == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
         torch.backends.cudnn.allow_tf32 = False     # fp32 means fp32 in convolutions, too
@@ -275,8 +276,8 @@ def load_clip(backbone=f"local-dir:{TINY_CLIP}", pretrained="", device="cpu", pr
 
 
 def feature_dtype(device, precision):
-    """Return the type in which images are encoded: fp32, or with --precision amp bf16 where the
-    processor has it, fp16 on older GPUs, fp32 on other CPUs, where 16 bits would be slower."""
+    """Return the type in which images are encoded: fp32. With --precision amp: bf16 where the
+    processor has it, fp16 on older GPUs, and fp32 on other CPUs, where 16 bits would be slower."""
     if precision == "fp32":
         return torch.float32
     if device == "cuda":
@@ -284,7 +285,7 @@ def feature_dtype(device, precision):
         return torch.bfloat16 if bf16 else torch.float16
     if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported():
         return torch.bfloat16
-    print("--precision amp: this processor has no bf16 units, fp32 is faster here and is used")
+    print("--precision amp: no AVX512-bf16 or AMX here; fp32 is faster, and is used")
     return torch.float32
 
 
@@ -292,25 +293,23 @@ def feature_dtype(device, precision):
 
 @torch.no_grad()
 def encode_images(clip, data, items, cache=None, views=None, encode=None, kind=""):
-    """Return image features f(x), unit-norm: (N, D), or (N, V, D) of augmented `views`.
+    """Return image features f(x), on the CPU: (N, D), or (N, V, D) of augmented `views`.
 
     cache   the folder where they are kept, for all runs (None: not kept)
     views   numbers of augmented views; view k of an image looks the same in every run
-    encode  another function than CLIP's image encoder, pixels (n, 3, H, W) -> (n, ...)
-    kind    its name in the cache
+    encode  another function, pixels (n, 3, H, W) -> (n, ...); None: CLIP's, unit-norm
+    kind    its name in the cache, if it has both
     Raises Problem at an image that is missing or cannot be read."""
     paths, numbers = [str(item.path) for item in items], views or [0]
     transform = clip.augment if views else clip.preprocess
     encode = encode or clip.encode_image
-    if cache and not all(item.content for item in items):
-        items = add_contents(items, cache)
     # Two images may have the same content: then one of them is encoded.
     names = list(itertools.product([item.content or item.path for item in items], numbers))
     sources = dict(zip(names, itertools.product(paths, numbers)))
     # Batches of one size, the last one filled up: else the last bits of an image's features would
     # depend on the size of its batch.
     size = 128 if clip.device == "cuda" else 8
-    code = records.code_digest(features.__file__), inspect.getsource(Clip)
+    code = records.code_digest(features.__file__), inspect.getsource(Clip)  # they make f(x)
     key = clip.image_key, str(clip.dtype), kind, data.own, str(transform), code
     with features.Store(cache, key, names) as store:
         todo = [sources[name] for name in store.missing]
@@ -320,7 +319,7 @@ def encode_images(clip, data, items, cache=None, views=None, encode=None, kind="
             n = len(images)
             images = F.pad(images, (0, 0) * 3 + (0, size - n))              # (size, 3, H, W)
             store.add(encode(clip.pixels(images))[:n].float())              # (n, ...)
-    found = store.rows()
+    found = store.rows()        # now: the last ones are written where the `with` ends
     return found.unflatten(0, (len(paths), -1)) if views else found
 
 
@@ -335,7 +334,7 @@ def tokenize(clip, text):
 
 
 def embed(clip, text):
-    """Return the embeddings of a text's tokens, (L, W), without positions."""
+    """Return the embeddings of a text's tokens, (l, W), without positions."""
     tokens = torch.tensor(tokenize(clip, text), dtype=torch.long, device=clip.device)
     return clip.text.token_embedding(tokens)
 
@@ -349,7 +348,8 @@ def start_end(clip):
 def name_embeddings(clip, classnames):
     """Return for every class the embeddings of its name, (l, W), and of the "." after it, (1, W).
 
-    They are tokenized together, as in the authors' code, and then split."""
+    They are tokenized together, as in CoOp's code, and then split. The "." has (0, W) where the
+    tokenizer joins it to the name, as in "(red)."."""
     pairs = []
     for classname in classnames:
         name = classname.replace("_", " ")
@@ -367,7 +367,7 @@ def encode_text(clip, shared, own):
     Raises Problem if a prompt is longer than the encoder reads.
 
     CLIP pads to 77 tokens. Its text encoder is causal: tokens after the end token change nothing,
-    and the states of the shared tokens are the same for all classes. So prompts are only as long as
+    and the states of the shared tokens are the same for all classes. So prompts are padded only to
     the longest, and the shared tokens go through the encoder once; the others attend to them."""
     text, x = clip.text, torch.cat(shared)                              # (S, W)
     skip = len(x)
@@ -378,25 +378,27 @@ def encode_text(clip, shared, own):
         x, last = pad(some)                                             # (c, L, W), (c,)
         x = x + text.positional_embedding[skip:skip + x.shape[1]]
         x, _ = through_blocks(text, x, past)
-        return (text_feature(text, x[torch.arange(len(x), device=x.device), last]),)
+        return [text_feature(text, x[torch.arange(len(x), device=x.device), last])]
 
-    (w,) = in_chunks(clip, encode, own)
+    w, = in_chunks(clip, encode, own)
     return F.normalize(w.float(), dim=-1)
 
 
 def through_blocks(text, x, past):
-    """Return the states x (c, L, W) after all blocks, and each block's keys and values of x.
+    """Return the states x (c, L, W) after all blocks, and each block's keys and values, [(k, v)].
 
-    past  keys and values of S tokens before x, [(k, v)] with (1, heads, S, W / heads) each; or [].
-    A token sees these, itself and those before it. With past, keys and values are not returned.
-    ls_1 and ls_2 are open_clip's LayerScale, which does nothing in OpenAI's models."""
-    kept, sees = [], None
+    past  those of S tokens before x, (1, heads, S, W / heads) each; or []. With past, no keys and
+          values are returned
+    A token sees those of past, those before it in x, and itself. ls_1 and ls_2 are open_clip's
+    LayerScale, which does nothing in OpenAI's models."""
+    kept, sees = [], None                                               # without past, k_v is None
     if past:
         S, L = past[0][0].shape[2], x.shape[1]
         sees = torch.ones(L, S + L, dtype=torch.bool, device=x.device).tril(S)
     for k_v, block in itertools.zip_longest(past, text.transformer.resblocks):
         attn = block.attn
         qkv = F.linear(block.ln_1(x), attn.in_proj_weight, attn.in_proj_bias)       # (c, L, 3 W)
+        # (c, heads, L, W / heads) each
         q, k, v = qkv.view(*x.shape[:2], 3, attn.num_heads, -1).permute(2, 0, 3, 1, 4)
         if past:
             k, v = (torch.cat([old.expand(len(x), -1, -1, -1), new], 2)
@@ -419,7 +421,8 @@ def pad(prompts):
     """Return prompts of different lengths as one tensor (C, L, W), and their last places (C,).
 
     prompts  for every class a list of parts (l, W). A prompt's last token is repeated after its
-             end, where the causal encoder never looks."""
+             end, where the causal encoder never looks. One indexing serves all: on a GPU a call for
+             each of 1000 classes would cost more than the encoder."""
     flat = torch.cat([part for parts in prompts for part in parts])             # (sum of l, W)
     lengths = torch.tensor([sum(map(len, parts)) for parts in prompts])
     first = lengths.cumsum(0) - lengths
@@ -433,7 +436,7 @@ def in_chunks(clip, encode, prompts):
     """Return encode(prompts), a list of tensors (C, ...), computed --class-chunk prompts at a time.
 
     With several chunks, activations are not kept but computed again in the backward pass: memory
-    stays flat as classes grow. RESTORE's encode returns two tensors, features and states."""
+    stays flat as classes grow. Encode returns a list, too: RESTORE's, features and states."""
     size = clip.class_chunk
     chunks = [prompts[c:c + size] for c in range(0, len(prompts), size)]
     if len(chunks) > 1 and torch.is_grad_enabled():
@@ -511,7 +514,7 @@ class Run:
     def __post_init__(self):
         args, clip, origin = self.args, self.clip, self.args.origin or {}
         self.classnames = [name for _, name in self.classes]
-        self.template = origin.get("template", self.data.template)      # of the prompt
+        self.template = origin.get("template", self.data.template)      # of the prompt's training
         self.labels = torch.tensor([item.label for item in self.items], device=clip.device)
         self.protocol = "base-to-new" if args.base_to_new else "few-shot"
         self.title = f"{self.data.name}, {self.shots}-shot, seed {self.seed}"
@@ -522,7 +525,7 @@ class Run:
     # ------------------------------------------------ before the training
 
     def start(self, prompt):
-        """Encode the test images, and the views of the sample, or load the prompt of --load.
+        """Encode the test images. Then encode the views of the sample, or load --load's prompt.
 
         A method that changes the image encoder (its prompt has image_features) encodes its own
         training images. Raises Problem: unreadable image, a prompt file that does not fit."""
@@ -530,7 +533,7 @@ class Run:
         if args.export and hasattr(prompt, "image_features"):
             raise Problem("--export: this method trains on pixels, not on features")
         for file in args.predict:
-            features.read_image(file, own=True)
+            features.read_image(file, own=True)     # it fails now, not after the training
         for part in self.parts:
             if part.features is None and part.items:
                 f = encode_images(self.clip, part.data, part.items, args.cache)
@@ -544,6 +547,7 @@ class Run:
         elif not hasattr(prompt, "image_features"):
             views = list(range(args.views))
             self.features = self.encode_views(views or [0], args.cache if views else None)
+        # For --export:
         self.initial = {name: tensor.clone() for name, tensor in prompt.state_dict().items()}
 
     def encode_views(self, views, cache):
@@ -554,7 +558,7 @@ class Run:
     def load(self, prompt):
         """Fill a prompt with the tensors of --load. Raises Problem if they do not fit."""
         file, tensors = self.args.load, features.read_whole(self.args.load, "--load")
-        for name, buffer in prompt.named_buffers(recurse=False):     # lengths may differ
+        for name, buffer in prompt.named_buffers(recurse=False):    # as long as in its training
             if name in tensors and buffer.shape[1:] == tensors[name].shape[1:]:
                 setattr(prompt, name, tensors[name].to(buffer))
         found, wanted = ({name: (tuple(t.shape), t.dtype) for name, t in state.items()}
@@ -571,7 +575,7 @@ class Run:
         An incomplete last batch is dropped unless it is the only one (authors' code). --views 0:
         there is one view, number 0, and it is new in every epoch. Drawn on the CPU: the same on
         every device."""
-        rng = torch.Generator().manual_seed(1000003 * self.seed + epoch)
+        rng = torch.Generator().manual_seed(1000003 * self.seed + epoch)    # one for each epoch
         n, size = len(self.items), self.args.batch_size
         order = torch.randperm(n, generator=rng)
         views = torch.randint(self.args.views or 1, (n,), generator=rng)
@@ -582,10 +586,10 @@ class Run:
         """Yield (f(x) (B, D), labels (B,)) of the epoch's batches."""
         if epoch and not self.args.views:               # --views 0: fresh crops
             self.features = self.encode_views([epoch], None)
-        columns = zip(*self.plan(epoch))
-        rows, views = (torch.stack(column).to(self.clip.device) for column in columns)
-        for row, view in zip(rows, views):              # (B,) each
-            yield self.features[row, view], self.labels[row]
+        # All batches of an epoch go to the GPU at once, (batches, B): their sizes are equal.
+        plan = (torch.stack(column).to(self.clip.device) for column in zip(*self.plan(epoch)))
+        for rows, views in zip(*plan):                  # (B,) each
+            yield self.features[rows, views], self.labels[rows]
 
     def pixel_batches(self, epoch):
         """Yield (pixels (B, 3, H, W), labels (B,), rows (B,), views (B,)) of the epoch's batches.
@@ -608,13 +612,14 @@ class Run:
             self.check_finite()
         for name, value in values.items():
             steps = self.logged.setdefault(name, {}).setdefault(epoch, [])
-            plain = torch.float64 if isinstance(value, float) else None
-            steps.append(torch.as_tensor(value, dtype=plain).detach())
+            exact = torch.float64 if isinstance(value, float) else None
+            steps.append(torch.as_tensor(value, dtype=exact).detach())
 
     def check_finite(self, *tensors):
         """Raise Problem if the last epoch's loss, or one of the tensors, is not finite."""
-        epoch, losses = next(reversed(self.logged.get("loss", {}).items()), (0, [torch.zeros(())]))
-        losses = torch.stack(losses)
+        by_epoch = self.logged.get("loss") or {0: [torch.zeros(())]}    # none for a loaded prompt
+        epoch = max(by_epoch)
+        losses = torch.stack(by_epoch[epoch])
         if not all(tensor.isfinite().all() for tensor in (losses, *tensors)):
             if self.args.load:
                 raise Problem(f"--load {self.args.load}: its numbers or features are not finite")
@@ -650,11 +655,11 @@ class Run:
         logits = [self.clip.logit_scale * f @ w.T for f, w in self.classifiers(prompt, part)]
         zero_shot, predicted = (z.argmax(-1) for z in logits)
         log_zs, log_p = (z.double().log_softmax(-1) for z in logits)
-        places = (labels * len(part.classes) + predicted).cpu()
+        kl = F.kl_div(log_p, log_zs, reduction="batchmean", log_target=True)
+        places = (labels * len(part.classes) + predicted).cpu()     # CUDA's bincount may not repeat
         counts = torch.bincount(places, minlength=len(part.classes) ** 2)
         return {"zero_shot": percent(zero_shot == labels), "accuracy": percent(predicted == labels),
-                "kl": (log_zs.exp() * (log_zs - log_p)).sum(-1).mean().item(),
-                "counts": counts.view(len(part.classes), -1).tolist()}
+                "kl": kl.item(), "counts": counts.view(len(part.classes), -1).tolist()}
 
     def finish(self, prompt, **more):
         """Evaluate a prompt; save, record and print it.
@@ -664,7 +669,7 @@ class Run:
         args = self.args
         self.check_finite(*prompt.parameters())
         rows = {part.name: self.evaluate(prompt, part) for part in self.parts if part.items}
-        if rows:
+        if rows:                    # none with --load --predict alone
             cuda = self.clip.device == "cuda"
             more = {**self.history(), **more, "seconds": time.time() - self.began,
                     "parameters": sum(p.numel() for p in prompt.parameters()),
@@ -689,9 +694,8 @@ class Run:
 
     def predict(self, prompt, top=5):
         """Print the likeliest classes of the images of --predict, with probabilities in percent."""
-        data = copy.copy(self.data)
-        data.own = True             # phone photographs: turn them upright, drop alpha
-        items = [Item(file, 0) for file in self.args.predict]
+        data = replace(self.data, own=True)     # phone photographs: turn them upright, drop alpha
+        items = [Item(file, 0) for file in self.args.predict]       # the label is not used
         classes = list(enumerate(data.classnames))
         if not self.parts[0].items:     # no data set: with the labels of the prompt's training
             classes = self.classes

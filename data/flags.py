@@ -11,7 +11,7 @@ import torch
 
 from data.errors import Parser, Problem, count, counts, nonempty, positive, whole, wholes
 from data.features import read_whole, tensor_digest
-from data.load import check_template, dataset_names, is_embedded
+from data.load import check_template, dataset_names, is_embedded, listed
 from data.results import records
 from data.weights import TINY_CLIP, backbone_name
 
@@ -150,8 +150,8 @@ def settle(args, parser, dataset):
 
 def check_flags(args):
     """Raise Problem where flags do not go together, or where a run could not write its results."""
-    if len(set(args.transfer)) < len(args.transfer) or set(args.transfer) & set(args.dataset):
-        raise Problem("--transfer: names a data set twice, or the one that is learned")
+    if set(args.transfer) & set(args.dataset):
+        raise Problem("--transfer: names the data set that is learned")
     if getattr(args, "class_specific", False) and (args.base_to_new or args.transfer):
         raise Problem("--class-specific has no context for classes that were not learned: "
                       "no --base-to-new, no --transfer")
@@ -212,9 +212,8 @@ def check_names(clip, args, sets):
     words = [word for word in words if word not in ("", "{}")]
     strange = [word for word in words if not all(met[t] for t in clip.tokenizer.encode(word))]
     if strange:
-        more = f" and {len(strange) - 4} more" * (len(strange) > 4)
-        print(f"this CLIP has never met {', '.join(map(repr, strange[:4]))}{more}; for your own "
-              "images take --backbone ViT-B-16 (a download of 600 MB)")
+        print(f"this CLIP has never met {listed([*map(repr, strange)])}; for your own images take "
+              "--backbone ViT-B-16 (a download of 600 MB)")
 
 
 def check_origin(args, method, weights, data):

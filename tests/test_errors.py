@@ -27,7 +27,7 @@ HERE = Path(common.__file__).parent
 
 @pytest.mark.parametrize("flags, word", [
     (["--dataset", "eurosta"], "eurosat"),
-    (["--transfer", "shapes"], "the one that is learned"),
+    (["--transfer", "shapes"], "the data set that is learned"),
     (["--template", "a photo"], "{}"),
     (["--ctx-init", "a photo of a {}"], "--ctx-init"),
     (["--ctx-init", "a" + 80 * " a"], "tokens"),
