@@ -21,15 +21,15 @@ the first half of the classes, the base classes, and then classifies the images 
 the classes of that half. CoOp loses accuracy on the new half; ProGrad, MVP-MI and RESTORE (a script
 each) try to prevent that.
 
-Try: each command takes seconds on the default data set, "shapes". The numbers beside it come from
+Try: on the default data set, "shapes", a command takes seconds. The numbers beside it come from
 longer runs, with --dataset embedded --seeds 1,2,3 added: accuracies on base / new classes, means
-over eleven small data sets. Zero-shot, their CLIP, a tiny one, has 75.3 / 76.5.
+over eleven small data sets. The tiny CLIP used has 75.3 / 76.5 zero-shot.
     python coop.py --base-to-new --shots 16                            83.6 / 70.9
 
-From the papers: equations, M, learning rate, schedule, random crops and flips; from CoCoOp's: base
-and new classes. From the authors' code: batch size, momentum, weight decay, dropping the last
-incomplete batch. Ours: ten random crops of each image are encoded once, and each epoch draws one of
-them; --views 0 encodes new crops in every epoch.
+CoOp's paper: L, M, learning rate, schedule, random crops and flips; its code: batch size, momentum,
+weight decay, dropping the last incomplete batch. CoCoOp's paper: base and new classes. Ours: ten
+random crops of each image are encoded once, and each epoch draws one of them; --views 0 encodes new
+crops in every epoch.
 """
 
 import math
@@ -52,7 +52,7 @@ class Prompt(torch.nn.Module):
     def forward(self, names):
         """Return the class features w, unit-norm, (C, D).
 
-        names  one pair per class: embeddings of its name, (l, W), and of ".", (1, W)"""
+        names  one pair per class: embeddings of its name and of ".", (l, W) each"""
         sot, eot = common.start_end(self.clip)          # start and end of text, (1, W) each
         if self.position == "end" and self.v.ndim == 2:     # all prompts begin alike: encode v once
             return common.encode_text(self.clip, [sot, self.v], [[*pair, eot] for pair in names])
@@ -69,7 +69,7 @@ class Prompt(torch.nn.Module):
 
 
 def initial_context(run):
-    """Return v before training: the tokens of --ctx-init, as many as these are, or CoOp's noise."""
+    """Return v before training: embeddings of --ctx-init, M of them; or noise (CoOp's paper)."""
     per_class = [len(run.classes)] if run.args.class_specific else []   # a first dimension, or none
     if run.args.ctx_init:
         return common.embed(run.clip, run.args.ctx_init).repeat(*per_class, 1, 1)
@@ -86,7 +86,7 @@ def train(prompt, run):
     epochs = args.epochs or common.default_epochs(run)  # 1 shot, ImageNet: 50; 2-7: 100; 8 up: 200
     for epoch in common.progress(range(epochs), desc="training", unit="epoch"):
         # Epoch 0 warms up at 1e-5. From epoch 1 on the rate falls from args.lr along half a cosine,
-        # one epoch behind, so that the last rate is small and not 0 (authors' code).
+        # which would reach 0 two epochs after the last one (CoOp's code).
         decay = (1 + math.cos(math.pi * (epoch - 1) / epochs)) / 2
         optimizer.param_groups[0]["lr"] = lr = 1e-5 if epoch == 0 else args.lr * decay
         # Shuffled mini-batches (32 images by default); an incomplete last one is dropped unless it
@@ -118,7 +118,7 @@ def main():
     for run in common.runs(__file__, flags()):          # for each data set, number of shots, seed
         with run.errors:                                # a run that fails does not stop the others
             prompt = Prompt(run.clip, initial_context(run), run.args.position)
-            run.start(prompt)                           # encode the images; --load fills the prompt
+            run.start(prompt)                           # encode images by CLIP; --load: fill prompt
             if not run.args.load:
                 train(prompt, run)
             # Predict argmax_c f(x) . w_c for the test images, record, print.

@@ -2,8 +2,8 @@
 
 Q. Zhang: "Generalizable Prompt Tuning for Vision-Language Models", 2024, arXiv 2410.03189. Only its
 abstract and summaries could be read, no equation, and there is no public code. (paper) marks what
-these say. Prompt, start, optimizer and schedule are taken from CoOp (coop.py), which trains v with
-the cross-entropy of f(x) alone. Equations, weights and the test rule are our guess.
+these say. Prompt, initial v, optimizer and schedule are those of CoOp (coop.py), which trains v
+with the cross-entropy of f(x) alone. All else is our guess: equations, numbers, test.
 
 A learned prompt fits the training classes, a hand-crafted one serves all classes. The method treats
 them as two views of the text and maximizes their mutual information, so that the learned prompt
@@ -32,22 +32,22 @@ Mixup of image features widens what the prompt is trained on (paper). CLIP is fr
 
 What is maximized? Draw a class c at random: w_c and h_c are then random vectors. Given w_c, a
 softmax guesses which h_k belongs to it, and the other way round; L_view is the mean cross-entropy
-of the two guesses. A cross-entropy is at least the uncertainty about c that is left, and before
-the guess it is log C. So log C - L_view is at most the mutual information (van den Oord et al.
-2018). The information itself is log C, its maximum, wherever no two classes share a feature; that
-holds before the training. Training raises only the bound: as the critic sees them, each w_c comes
-nearer to its h_c than to the other h_k. L_img does this one way, from a mixture of class y to w_y.
+of the two guesses. A cross-entropy is at least the uncertainty left about c, which is log C with
+neither w_c nor h_c. So log C - L_view is at most the mutual information (van den Oord et al. 2018).
+The information itself is log C, its maximum, whenever no two classes share a feature, as it is
+before training. Training raises only the bound: as the critic sees them, each w_c comes nearer to
+its h_c than to the other h_k. L_img does so from z to w_y: -log p(y|z), but with the critic's T.
 
-SGD trains on --shots images of each class; --base-to-new: of the first half of the classes, the
-base classes, and then the images of each half are classified among the classes of that half.
+SGD trains on --shots images of each class. With --base-to-new these are the first half of the
+classes, the base classes; then the images of each half are classified among its classes.
 
-Test (ours): argmax_c f(x) . u_c. A trained class, known by its number and name, has u_c = w_c. A
+Test (ours): argmax_c f(x) . u_c. A trained class, of the same label and name, has u_c = w_c. A
 new one, for which v was not trained, has the mean of w_c and h_c, normalized. --classifier soft:
 u = w for all; mean: the mean for all.
 
 Try: each command takes seconds on the default data set, "shapes". The numbers beside it come from
 longer runs, with --dataset embedded --seeds 1,2,3 added: accuracies on base / new classes, means
-over eleven small data sets. Zero-shot, their CLIP, a tiny one, has 75.3 / 76.5; CoOp 83.6 / 70.9.
+over eleven small data sets. The tiny CLIP used has 75.3 / 76.5 zero-shot, and CoOp 83.6 / 70.9.
     python mvp_mi.py --base-to-new --shots 16                          84.3 / 77.0
     ... --mi-weight 0                                                  83.8 / 77.0, no L_view
     ... --classifier soft                                              84.3 / 75.2
@@ -56,11 +56,11 @@ over eleven small data sets. Zero-shot, their CLIP, a tiny one, has 75.3 / 76.5;
     ... --classifier soft --augment 0                                  84.4 / 72.4, no z, no L_img
     ... --classifier soft --critic cosine                              84.5 / 71.3, P, Q, t fixed
 With u = w, every part helps on new classes. With the mean of w and h there, L_view adds nothing. A
-fixed critic, of both L_view and L_img, is worse on new classes than no L_view at all, at 16 shots
-though not at 4; we do not know why.
+fixed critic, in both L_view and L_img, is worse on new classes than no L_view at all (with 4 shots
+it is not: 76.0 and 75.1); we do not know why.
 
-Ours as in coop.py: ten random crops of each image are encoded once, and each epoch draws one of
-them; --views 0 encodes new crops in every epoch.
+Ours, as in coop.py: ten random crops of each image are encoded once. f(x) is of one of them, drawn
+in each epoch; z takes any, drawn in each batch. --views 0: one crop, encoded anew in every epoch.
 """
 
 import math
@@ -85,7 +85,7 @@ class Prompt(torch.nn.Module):
     def forward(self, names):
         """Return the class features w, unit-norm, (C, D).
 
-        names  one pair per class: embeddings of its name, (l, W), and of ".", (1, W)"""
+        names  one pair per class: embeddings of its name and of ".", (l, W) each"""
         sot, eot = common.start_end(self.clip)          # start and end of text, (1, W) each
         if self.position == "end" and self.v.ndim == 2:     # all prompts begin alike: encode v once
             return common.encode_text(self.clip, [sot, self.v], [[*pair, eot] for pair in names])
@@ -107,7 +107,7 @@ class Prompt(torch.nn.Module):
 
 
 def initial_context(run):
-    """Return v before training: the tokens of --ctx-init, as many as these are, or CoOp's noise."""
+    """Return v before training: embeddings of --ctx-init, M of them; or noise (CoOp's paper)."""
     per_class = [len(run.classes)] if run.args.class_specific else []   # a first dimension, or none
     if run.args.ctx_init:
         return common.embed(run.clip, run.args.ctx_init).repeat(*per_class, 1, 1)
@@ -140,7 +140,7 @@ def mixup(features, labels, y, count, rng):
     """Return z (m, D) and its labels (m,): `count` mixtures for every class in the labels y.
 
     features, labels  of all training images, (N, V, D) and (N,)"""
-    y, labels, device = y.cpu(), labels.cpu(), features.device      # draw on the CPU, as above
+    y, labels, device = y.cpu(), labels.cpu(), features.device      # draw on the CPU, as v
     y_mix = y.unique().repeat_interleave(count)                             # (m,)
     same = (labels == y_mix[:, None]).float()                               # (m, N)
     rows = torch.multinomial(same, 2, replacement=True, generator=rng)      # (m, 2), of that class
@@ -164,7 +164,7 @@ def train(prompt, run):
     epochs = args.epochs or common.default_epochs(run)  # 1 shot, ImageNet: 50; 2-7: 100; 8 up: 200
     for epoch in common.progress(range(epochs), desc="training", unit="epoch"):
         # Epoch 0 warms up at 1e-5. From epoch 1 on the rate falls from args.lr along half a cosine,
-        # one epoch behind, so that the last rate is small and not 0 (authors' code).
+        # which would reach 0 two epochs after the last one (CoOp's code).
         decay = (1 + math.cos(math.pi * (epoch - 1) / epochs)) / 2
         lr = 1e-5 if epoch == 0 else args.lr * decay
         for group in optimizer.param_groups:
@@ -175,7 +175,7 @@ def train(prompt, run):
             with clip.autocast():                       # bf16 on a GPU (see --precision)
                 w = prompt(names)                       # (C, D)
             l_view, l_img = info_nce(critic(w, h)), 0
-            bounds = {"bound": math.log(len(w)) - l_view}   # on the information, for the record
+            bounds = {"bound": math.log(len(w)) - l_view}   # on I(w; h) and I(z; y), recorded
             if args.augment:
                 z, y_z = mixup(run.features, run.labels, y, args.augment, rng)  # (m, D), (m,)
                 l_img = F.cross_entropy(critic(w, z).T, y_z)
@@ -220,7 +220,7 @@ def main():
             template = None if run.args.classifier == "soft" else run.template
             trained = run.classes if run.args.classifier == "seen" else ()
             prompt = Prompt(run.clip, initial_context(run), run.args.position, template, trained)
-            run.start(prompt)                           # encode the images; --load fills the prompt
+            run.start(prompt)                           # encode images by CLIP; --load: fill prompt
             if not run.args.load:
                 train(prompt, run)
             # Predict argmax_c f(x) . u_c for the test images, record, print.

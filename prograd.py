@@ -9,8 +9,8 @@ all classes share the context, this should protect the other classes, too. CLIP 
     w_c    = g([start] v_1 ... v_M [name of c] "." [end])      class feature of class c
     p(c|x) = softmax_c(tau * f(x) . w_c)                        CLIP's classifier
     L      = mean over the batch of -log p(y|x)                 cross-entropy
-    L_g    = mean over the batch of KL(p_zs(.|x) || p(.|x))     distance to zero-shot CLIP
-    G_d    = dL/dv,  G_g = dL_g/dv                              domain and general gradient
+    L_g    = mean over the batch of KL(p_zs(.|x) || p(.|x))     distance to zero-shot CLIP (paper)
+    G_d    = dL/dv,  G_g = dL_g/dv                              domain and general gradient (paper)
     G      = G_d                                                if G_d . G_g >= 0
              G_d - lambda * (G_d . G_g / |G_g|^2) * G_g         in a conflict; lambda = 1 (paper)
 
@@ -18,8 +18,8 @@ all classes share the context, this should protect the other classes, too. CLIP 
     g      the frozen text encoder, read at the end token and normalized                    (D,)
     v      the learned context: M vectors of the text encoder's width W                     (M, W)
     tau    CLIP's learned inverse temperature, 100 in OpenAI's models (clip.logit_scale below)
-    p_zs   p of zero-shot CLIP with ProGrad's template. It is also the start of v: zeros, then its
-           words before the name. (Zero-shot accuracies that are printed: the data set's template)
+    p_zs   p of zero-shot CLIP with ProGrad's template. v starts as zeros, then its words before the
+           name (authors' code). Zero-shot accuracies are those of the data set's template
 
 To first order a step -s G_d changes L_g by -s G_d . G_g: in a conflict L_g rises. With lambda = 1 a
 step -s G leaves it as it is; SGD's momentum and weight decay, which come after, may change it.
@@ -30,16 +30,16 @@ the first half of the classes, the base classes, and then classifies the images 
 the classes of that half. CoOp loses accuracy on the new half; ProGrad, MVP-MI and RESTORE (a script
 each) try to prevent that.
 
-Try: each command takes seconds on the default data set, "shapes". The numbers beside it come from
+Try: on the default data set, "shapes", a command takes seconds. The numbers beside it come from
 longer runs, with --dataset embedded --seeds 1,2,3 added: accuracies on base / new classes, means
-over eleven small data sets. Zero-shot, their CLIP, a tiny one, has 75.3 / 76.5.
+over eleven small data sets. The tiny CLIP used has 75.3 / 76.5 zero-shot.
     python prograd.py --base-to-new --shots 16                         80.8 / 75.0
-    ... --projection 0                                      83.7 / 71.6, CoOp from this start
+    ... --projection 0                                  83.7 / 71.6, CoOp from ProGrad's start
 
-From the papers: equations, M, learning rate, schedule, random crops and flips; from CoCoOp's: base
-and new classes. From the authors' code: batch size, momentum, weight decay, dropping the last
-incomplete batch. Ours: ten random crops of each image are encoded once, and each epoch draws one of
-them; --views 0 encodes new crops in every epoch.
+CoOp's paper: L, M, learning rate, schedule, random crops and flips; its code: batch size, momentum,
+weight decay, dropping the last incomplete batch. CoCoOp's paper: base and new classes. Ours: ten
+random crops of each image are encoded once, and each epoch draws one of them; --views 0 encodes new
+crops in every epoch.
 """
 
 import math
@@ -57,13 +57,13 @@ class Prompt(torch.nn.Module):
         super().__init__()
         self.clip = clip                                # not a Module: parameters() leaves it out
         self.v = torch.nn.Parameter(v)                  # (M, W); class-specific: (C, M, W)
-        self.register_buffer("left_over", left_over)    # (l, W), l = 0 as a rule: frozen
+        self.register_buffer("left_over", left_over)    # (l, W), frozen; l = 0 as a rule
         self.position = position
 
     def forward(self, names):
         """Return the class features w, unit-norm, (C, D).
 
-        names  one pair per class: embeddings of its name, (l, W), and of ".", (1, W)"""
+        names  one pair per class: embeddings of its name and of ".", (l, W) each"""
         sot, eot = common.start_end(self.clip)          # start and end of text, (1, W) each
         names = [(torch.cat([self.left_over, name]), dot) for name, dot in names]
         if self.position == "end" and self.v.ndim == 2:     # all prompts begin alike: encode v once
@@ -82,8 +82,8 @@ class Prompt(torch.nn.Module):
 
 def initial_context(run):
     """Return v before training (zeros, then the words of --ctx-init or of the template before the
-    name) and `left_over`. The authors' code takes as many tokens as there are words: of "a type of
-    pet, a photo of a", 8 words, the ninth is left over. It stays before the name, frozen."""
+    name) and `left_over`. The authors' code takes as many tokens as there are words: "a type of
+    pet, a photo of a" has 8 words, 9 tokens. The last is left over: frozen, before the name."""
     per_class = [len(run.classes)] if run.args.class_specific else []   # a first dimension, or none
     text = run.args.ctx_init or run.data.prograd_template.split("{}")[0]
     words, left_over = common.embed(run.clip, text).tensor_split([len(text.split())])
@@ -106,7 +106,7 @@ def train(prompt, run):
     w_zs = common.template_features(clip, run.data.prograd_template, run.classnames)    # (C, D)
     for epoch in common.progress(range(epochs), desc="training", unit="epoch"):
         # Epoch 0 warms up at 1e-5. From epoch 1 on the rate falls from args.lr along half a cosine,
-        # one epoch behind, so that the last rate is small and not 0 (authors' code).
+        # which would reach 0 two epochs after the last one (CoOp's code).
         decay = (1 + math.cos(math.pi * (epoch - 1) / epochs)) / 2
         optimizer.param_groups[0]["lr"] = lr = 1e-5 if epoch == 0 else args.lr * decay
         # Shuffled mini-batches (32 images by default); an incomplete last one is dropped unless it
@@ -144,7 +144,7 @@ def main():
     for run in common.runs(__file__, flags()):          # for each data set, number of shots, seed
         with run.errors:                                # a run that fails does not stop the others
             prompt = Prompt(run.clip, *initial_context(run), run.args.position)
-            run.start(prompt)                           # encode the images; --load fills the prompt
+            run.start(prompt)                           # encode images by CLIP; --load: fill prompt
             if not run.args.load:
                 train(prompt, run)
             # Predict argmax_c f(x) . w_c for the test images, record, print.

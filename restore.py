@@ -8,8 +8,8 @@ alignment that CLIP was pre-trained for is lost, and new classes suffer (paper).
 how far the prompts move a state after each block, the feature shift, and penalizes the difference
 between the encoders (paper). CLIP is frozen.
 
-The encoders. n prompt vectors enter block l for l = 1 ... K, P_l the text's, Q_l the image's. Both
-are learned independently (paper), and placed as in the authors' code. Tokens count from 0:
+The encoders. n prompt vectors enter block l for l = 1 ... K, P_l the text's, Q_l the image's.
+Neither is made from the other (paper). Their places are the authors' code's; tokens count from 0:
     X_0 = [start] "a photo of a" [name of c] "." [end], plus positions
     X_l = text block l of X_(l-1); before it, P_l replaces tokens 1 ... n (P_1 gets their positions)
     Y_0 = ln_pre([class token, patches] plus positions, Q_1)                Q_1 has no positions
@@ -19,36 +19,37 @@ are learned independently (paper), and placed as in the authors' code. Tokens co
 
 The loss, for a batch of images x with labels y, among C classes:
     shift_l = mean of |s_l - s_l^0| / |s_l^0|, over the C classes (text) or the batch (image)
-    L_fs    = mean over blocks of (shift_l^image - shift_l^text)^2      consistency loss (ours)
+    L_fs    = mean over blocks of (shift_l^image - shift_l^text)^2      consistency; formula: ours
     A(z)    = z + down(QuickGELU(up(LN(z))))                surgery block, one per encoder
     w_c     = b_t A(t_c) + (1 - b_t) t_c, normalized        class feature
     f(x)    = b_i A(i(x)) + (1 - b_i) i(x), normalized      image feature
     L       = mean over the batch of -log softmax_c(tau * f(x) . w_c)_y, + gamma L_fs
 
-    P, Q    n = 2, K = 9 or what the shallower encoder has (authors' code), as wide as the states.
-            P_1 starts as the first n words, the others as noise, std 0.02 (authors' code)
+    P, Q    n = 2 vectors of the widths W_t, W_i of the encoders; K = 9, or all blocks of the
+            shallower. P_1 starts as the first n words, the others as noise (authors' code)
     s_l     state of the end token or class token after block l, also beyond K; s_l^0 without
             prompts, of the same text or crop. Of a deeper encoder only the last blocks are
             compared, as many as the other has. The relative norm is ours
     A       a feed-forward adapter (paper) of this form (authors' code). `down` starts at zero
             (ours), so that A(z) = z in the beginning
     b       0.1, not trained. Once, after epoch E // 3 of 0 ... E - 1: b_t += 0.02 * mean shift^text
-            and b_i += 0.005 * mean shift^image, over blocks and the epoch. 0.1, the epoch and the
-            factors are the authors' code's; it takes norms of the prompts in place of the shifts
+            and b_i += 0.005 * mean shift^image, over blocks and the epoch. The more shift, the
+            more surgery. Numbers: authors' code, which takes norms of the prompts, not shifts
     tau     CLIP's learned inverse temperature, 100 in OpenAI's models (clip.logit_scale below)
     gamma   10 (ours)
 
 SGD trains P, Q and the surgery. L_fs compares how far the encoders move, not in which direction. It
 does not forbid that both move far, by equal amounts. Against this shortcut the paper has the
-surgery: it does not limit the shifts, it corrects the final features, by b (A(z) - z).
+surgery: L trains it to correct the final features, by b (A(z) - z). It does not limit the shifts.
 
 Test: argmax_c f(x) . w_c, with the same prompts and surgery for trained and new classes.
 
-Try: each command takes a minute on the default data set, "shapes". The numbers beside it come from
+Try: on the default data set, "shapes", a command takes a minute. The numbers beside it come from
 longer runs, with --dataset embedded --seeds 1,2,3 added: accuracies on base / new classes, means
-over eleven small data sets, and the gap, the mean over blocks of |shift_l^image - shift_l^text|
-after training. Zero-shot, their CLIP, a tiny one, has 75.3 / 76.5; CoOp, which learns prompts for
-the text's input only, 83.6 / 70.9. L_fs closes the gap and helps; the surgery changes nothing here.
+over eleven small data sets that this repository draws, and the gap, the mean over blocks of
+|shift_l^image - shift_l^text| after training. The tiny CLIP used has 75.3 / 76.5 zero-shot, and
+CoOp, which learns prompts for the text's input only, 83.6 / 70.9. L_fs closes the gap and helps;
+the surgery changes at most 0.2 here.
     python restore.py --base-to-new --shots 16                         84.5 / 78.1   gap 0.03
     ... --blend 0                                                      84.5 / 78.3   gap 0.03
     ... --shift-weight 0                                               82.0 / 75.5   gap 0.31
@@ -205,12 +206,11 @@ def image_states(prompt, run, prompts, views=None, cache=None):
 
     With views: (N, V, blocks, W_i). On ImageNet, 16 shots and 10 views, that is 6 GB."""
     def states(pixels):
-        return prompt.encode_image(pixels, prompts)[1].flatten(1)
+        return prompt.encode_image(pixels, prompts)[1]
 
     with run.clip.autocast():
-        found = common.encode_images(run.clip, run.data, run.items, cache, views, states,
-                                     f"states of all blocks, {run.code}, amp {run.clip.amp}")
-    return found.unflatten(-1, (len(image_blocks(run.clip)), -1))
+        return common.encode_images(run.clip, run.data, run.items, cache, views, states,
+                                    f"states of all blocks, {run.code}, amp {run.clip.amp}")
 
 
 @torch.no_grad()
@@ -221,7 +221,7 @@ def text_states(prompt, run, prompts):
 
 
 def measure(prompt, run):
-    """Return the shift of both encoders by block, and its mean gap: the paper's diagnostic.
+    """Return both encoders' shifts by block, and their mean gap: the paper's diagnostic.
 
     On the training images without augmentation."""
     shift_t = feature_shift(text_states(prompt, run, prompt.P), text_states(prompt, run, []))
@@ -243,7 +243,7 @@ def train(prompt, run):
     image_0 = image_states(prompt, run, [], views, args.cache if args.views else None)
     for epoch in common.progress(range(epochs), desc="training", unit="epoch"):
         # Epoch 0 warms up at 1e-5. From epoch 1 on the rate falls from args.lr along half a cosine,
-        # one epoch behind, so that the last rate is small and not 0 (authors' code).
+        # which would reach 0 two epochs after the last one (CoOp's code).
         decay = (1 + math.cos(math.pi * (epoch - 1) / epochs)) / 2
         optimizer.param_groups[0]["lr"] = lr = 1e-5 if epoch == 0 else args.lr * decay
         if epoch and not args.views:                                        # fresh crops
@@ -346,11 +346,12 @@ def main():
             if released and args.towers != "both":
                 raise common.Problem("--prompts coupled and --shift gram need --towers both")
             prompt = Released(run.clip, args) if released else Prompt(run.clip, args)
-            run.start(prompt)                           # encode the images; --load fills the prompt
+            run.start(prompt)                           # encode images by CLIP; --load: fill prompt
             if not args.load:
                 train(prompt, run)
+            more = {"shift_after": measure(prompt, run)} if run.items else {}   # none with --load
             # Predict argmax_c f(x) . w_c for the test images, record, print.
-            run.finish(prompt, **({"shift_after": measure(prompt, run)} if run.items else {}))
+            run.finish(prompt, **more)
 
 
 if __name__ == "__main__":
