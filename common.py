@@ -13,10 +13,10 @@ Files: data/sets/NAME       images and split, downloaded or drawn on first use (
        data/sets/cache      digests of image files, image features (add_contents, encode_images)
        runs/results.jsonl   a line for each run, by which it is skipped later (Run.finish, runs)
 
-All arithmetic between normalized pixels and accuracies is here or in the method's script. data/
-holds the rest: flags, data sets and their files, pixels, the cache, records and tables.
+All arithmetic from normalized pixels to accuracies is here, in the script or open_clip's. data/
+holds the rest: flags, data sets, CLIP's weights, pixels, the cache, records and tables.
 
-Shapes: N images, B of them in a mini-batch, V augmented views of each, n any number of them. C
+Shapes: N images, B in a mini-batch, n any number of them, V augmented views of each image. C
 classes, c of them in a chunk (but w_c is the feature of class c). M context vectors, l tokens in a
 piece of a prompt; S tokens that all prompts share, and L after them. W the width of the text
 encoder (of an image in (n, 3, H, W)), D the dimension of the features.
@@ -73,7 +73,7 @@ def runs(script, parser, argv=None):
 
     script  the method's __file__
 
-    Skips runs that --out has already. Under torchrun every process takes its share. In a command of
+    Skips runs that --out has already. Under torchrun every process takes its share. In a process of
     several runs a user error ends one run, or all on its data set; the others go on, and it is
     named at the end. Those while loading are caught here; those while encoding, training and
     testing by the script's `with run.errors`."""
@@ -100,7 +100,7 @@ def runs(script, parser, argv=None):
 
 @contextlib.contextmanager
 def note_failure(title, failed, several):
-    """If a command has several runs, note a user error in `failed` and go on."""
+    """If a process has several runs, note a user error in `failed` and go on."""
     try:
         yield
     except Problem as problem:
@@ -200,7 +200,7 @@ def choose(data, items, which):
 def choose_tests(data, args):
     """Return the data set with the test images that the flags ask for.
 
-    --validation: the validation images instead. --test-images N: N // C of each class, or one,
+    --validation: the validation images instead. --test-images N: max(1, N // C) of each class,
     drawn at random, the same for every method and seed."""
     test = data.val if args.validation else data.test
     if args.validation and len({item.label for item in test}) < len(data.classnames):
@@ -298,12 +298,12 @@ def encode_images(clip, data, items, cache=None, views=None, encode=None, kind="
     cache   the folder where they are kept, for all runs (None: not kept)
     views   numbers of augmented views; view k of an image looks the same in every run
     encode  another function, pixels (n, 3, H, W) -> (n, ...); None: CLIP's, unit-norm
-    kind    its name in the cache, if it has both
+    kind    names `encode` in the cache's keys
     Raises Problem at an image that is missing or cannot be read."""
     paths, numbers = [str(item.path) for item in items], views or [0]
     transform = clip.augment if views else clip.preprocess
     encode = encode or clip.encode_image
-    # Two images may have the same content: then one of them is encoded.
+    # A name is (content, view). Of equal images only one is encoded.
     names = list(itertools.product([item.content or item.path for item in items], numbers))
     sources = dict(zip(names, itertools.product(paths, numbers)))
     # Batches of one size, the last one filled up: else the last bits of an image's features would
@@ -319,7 +319,7 @@ def encode_images(clip, data, items, cache=None, views=None, encode=None, kind="
             n = len(images)
             images = F.pad(images, (0, 0) * 3 + (0, size - n))              # (size, 3, H, W)
             store.add(encode(clip.pixels(images))[:n].float())              # (n, ...)
-    found = store.rows()        # now: the last ones are written where the `with` ends
+    found = store.rows()        # not before: the end of `with` adds the last rows
     return found.unflatten(0, (len(paths), -1)) if views else found
 
 
@@ -391,11 +391,11 @@ def through_blocks(text, x, past):
           values are returned
     A token sees those of past, those before it in x, and itself. ls_1 and ls_2 are open_clip's
     LayerScale, which does nothing in OpenAI's models."""
-    kept, sees = [], None                                               # without past, k_v is None
+    kept, sees = [], None
     if past:
         S, L = past[0][0].shape[2], x.shape[1]
         sees = torch.ones(L, S + L, dtype=torch.bool, device=x.device).tril(S)
-    for k_v, block in itertools.zip_longest(past, text.transformer.resblocks):
+    for k_v, block in itertools.zip_longest(past, text.transformer.resblocks):  # no past: None
         attn = block.attn
         qkv = F.linear(block.ln_1(x), attn.in_proj_weight, attn.in_proj_bias)       # (c, L, 3 W)
         # (c, heads, L, W / heads) each
@@ -412,21 +412,21 @@ def through_blocks(text, x, past):
 
 
 def text_feature(text, x):
-    """Return the text feature (C, D), not normalized, of the end token's last state (C, W)."""
+    """Return text features (c, D), not normalized, of the end tokens' last states (c, W)."""
     x, projection = text.ln_final(x), text.text_projection
     return projection(x) if isinstance(projection, torch.nn.Linear) else x @ projection
 
 
 def pad(prompts):
-    """Return prompts of different lengths as one tensor (C, L, W), and their last places (C,).
+    """Return prompts of different lengths as one tensor (c, L, W), and their last places (c,).
 
-    prompts  for every class a list of parts (l, W). A prompt's last token is repeated after its
+    prompts  for each class a list of parts (l, W). A prompt's last token is repeated after its
              end, where the causal encoder never looks. One indexing serves all: on a GPU a call for
              each of 1000 classes would cost more than the encoder."""
     flat = torch.cat([part for parts in prompts for part in parts])             # (sum of l, W)
     lengths = torch.tensor([sum(map(len, parts)) for parts in prompts])
     first = lengths.cumsum(0) - lengths
-    places = torch.arange(int(lengths.max())).clamp(max=lengths[:, None] - 1)   # (C, L)
+    places = torch.arange(int(lengths.max())).clamp(max=lengths[:, None] - 1)   # (c, L)
     places, last = (t.to(flat.device, non_blocking=True)
                     for t in (first[:, None] + places, lengths - 1))
     return flat[places], last
@@ -436,7 +436,7 @@ def in_chunks(clip, encode, prompts):
     """Return encode(prompts), a list of tensors (C, ...), computed --class-chunk prompts at a time.
 
     With several chunks, activations are not kept but computed again in the backward pass: memory
-    stays flat as classes grow. Encode returns a list, too: RESTORE's, features and states."""
+    stays flat as classes grow. A list, as RESTORE's encode returns two: features and states."""
     size = clip.class_chunk
     chunks = [prompts[c:c + size] for c in range(0, len(prompts), size)]
     if len(chunks) > 1 and torch.is_grad_enabled():
@@ -520,15 +520,15 @@ class Run:
         self.title = f"{self.data.name}, {self.shots}-shot, seed {self.seed}"
         if origin:
             self.title += f", prompt of {args.load}"
-        self.setting, self.id = records.identify(self)
+        self.setting, self.id = records.identify(self)  # digests
 
     # ------------------------------------------------ before the training
 
     def start(self, prompt):
         """Encode the test images. Then encode the views of the sample, or load --load's prompt.
 
-        A method that changes the image encoder (its prompt has image_features) encodes its own
-        training images. Raises Problem: unreadable image, a prompt file that does not fit."""
+        A method that changes the image encoder (its prompt has image_features) encodes the views
+        itself. Raises Problem: unreadable image, a prompt file that does not fit."""
         args, self.began = self.args, time.time()
         if args.export and hasattr(prompt, "image_features"):
             raise Problem("--export: this method trains on pixels, not on features")
@@ -558,7 +558,7 @@ class Run:
     def load(self, prompt):
         """Fill a prompt with the tensors of --load. Raises Problem if they do not fit."""
         file, tensors = self.args.load, features.read_whole(self.args.load, "--load")
-        for name, buffer in prompt.named_buffers(recurse=False):    # as long as in its training
+        for name, buffer in prompt.named_buffers(recurse=False):    # ProGrad's: any length fits
             if name in tensors and buffer.shape[1:] == tensors[name].shape[1:]:
                 setattr(prompt, name, tensors[name].to(buffer))
         found, wanted = ({name: (tuple(t.shape), t.dtype) for name, t in state.items()}
@@ -572,9 +572,8 @@ class Run:
     def plan(self, epoch):
         """Return the batches of an epoch, [(rows (B,), views (B,))]: images shuffled, a view each.
 
-        An incomplete last batch is dropped unless it is the only one (authors' code). --views 0:
-        there is one view, number 0, and it is new in every epoch. Drawn on the CPU: the same on
-        every device."""
+        An incomplete last batch is dropped unless it is the only one (CoOp's code). --views 0: all
+        views are 0, the place of the epoch's only crop. Drawn on the CPU: equal on all devices."""
         rng = torch.Generator().manual_seed(1000003 * self.seed + epoch)    # one for each epoch
         n, size = len(self.items), self.args.batch_size
         order = torch.randperm(n, generator=rng)
@@ -656,13 +655,13 @@ class Run:
         zero_shot, predicted = (z.argmax(-1) for z in logits)
         log_zs, log_p = (z.double().log_softmax(-1) for z in logits)
         kl = F.kl_div(log_p, log_zs, reduction="batchmean", log_target=True)
-        places = (labels * len(part.classes) + predicted).cpu()     # CUDA's bincount may not repeat
+        places = labels * len(part.classes) + predicted             # (N,)
         counts = torch.bincount(places, minlength=len(part.classes) ** 2)
         return {"zero_shot": percent(zero_shot == labels), "accuracy": percent(predicted == labels),
                 "kl": kl.item(), "counts": counts.view(len(part.classes), -1).tolist()}
 
     def finish(self, prompt, **more):
-        """Evaluate a prompt; save, record and print it.
+        """Evaluate a prompt; record, save and print it.
 
         prompt  a Module with class_features(part) -> (C, D)
         more    further values for the record, besides what was logged"""
@@ -694,11 +693,9 @@ class Run:
 
     def predict(self, prompt, top=5):
         """Print the likeliest classes of the images of --predict, with probabilities in percent."""
-        data = replace(self.data, own=True)     # phone photographs: turn them upright, drop alpha
+        data = replace(self.data, own=True)     # a user's photographs: upright, on white
         items = [Item(file, 0) for file in self.args.predict]       # the label is not used
         classes = list(enumerate(data.classnames))
-        if not self.parts[0].items:     # no data set: with the labels of the prompt's training
-            classes = self.classes
         part = Part("predict", data, items, classes)
         part.features = encode_images(self.clip, data, items).to(self.clip.device)
         part.zero_shot = template_features(self.clip, data.template, part.classnames)
