@@ -21,15 +21,15 @@ the first half of the classes, the base classes, and then classifies the images 
 the classes of that half. CoOp loses accuracy on the new half; ProGrad, MVP-MI and RESTORE (a script
 each) try to prevent that.
 
-Try: on the default data set, "shapes", a command takes seconds. The numbers beside it come from
-longer runs, with --dataset embedded --seeds 1,2,3 added: accuracies on base / new classes, means
-over eleven small data sets. The tiny CLIP used has 75.3 / 76.5 zero-shot.
+Try: on the default data set, "shapes", a command takes seconds. The accuracies beside it, on base /
+new classes, have --dataset embedded --seeds 1,2,3 added, and are means over these eleven small data
+sets. Zero-shot, the tiny CLIP used has 75.3 / 76.5.
     python coop.py --base-to-new --shots 16                            83.6 / 70.9
 
-CoOp's paper: L, M, learning rate, schedule, random crops and flips; its code: batch size, momentum,
-weight decay, dropping the last incomplete batch. CoCoOp's paper: base and new classes. Ours: ten
-random crops of each image are encoded once, and each epoch draws one of them; --views 0 encodes new
-crops in every epoch.
+CoOp's paper, and ProGrad: L, M, learning rate, schedule, random crops and flips; their code: batch
+size, momentum, weight decay, dropping the last incomplete batch. CoCoOp's paper: base and new
+classes. Ours: ten random crops of each image are encoded once, and each epoch draws one of them;
+--views 0 encodes new crops in every epoch.
 """
 
 import math
@@ -69,7 +69,7 @@ class Prompt(torch.nn.Module):
 
 
 def initial_context(run):
-    """Return v before training: embeddings of --ctx-init, M of them; or noise (CoOp's paper)."""
+    """Return v before training: one vector per token of --ctx-init, or noise (CoOp's paper)."""
     per_class = [len(run.classes)] if run.args.class_specific else []   # a first dimension, or none
     if run.args.ctx_init:
         return common.embed(run.clip, run.args.ctx_init).repeat(*per_class, 1, 1)
@@ -83,7 +83,7 @@ def train(prompt, run):
     clip, args = run.clip, run.args
     names = common.name_embeddings(clip, run.classnames)
     optimizer = torch.optim.SGD(prompt.parameters(), args.lr, momentum=0.9, weight_decay=5e-4)
-    epochs = args.epochs or common.default_epochs(run)  # 1 shot, ImageNet: 50; 2-7: 100; 8 up: 200
+    epochs = args.epochs or common.default_epochs(run)  # 50 (1 shot or ImageNet), 100 (2-7) or 200
     for epoch in common.progress(range(epochs), desc="training", unit="epoch"):
         # Epoch 0 warms up at 1e-5. From epoch 1 on the rate falls from args.lr along half a cosine,
         # which would reach 0 two epochs after the last one (CoOp's code).
@@ -108,9 +108,9 @@ def flags():
     parser.add_argument("--ctx-init", type=common.words, metavar="WORDS",
                         help="words whose embeddings the context starts from")
     parser.add_argument("--class-specific", action="store_true",
-                        help="learn one context per class; it cannot be used with new classes")
+                        help="one context per class (CoOp's paper); not for new classes")
     parser.add_argument("--position", choices=["end", "middle", "front"], default="end",
-                        help="of the class name in the prompt (end)")
+                        help="of the class name (end); end, middle: CoOp's paper, front: code")
     return parser
 
 
@@ -118,7 +118,7 @@ def main():
     for run in common.runs(__file__, flags()):          # for each data set, number of shots, seed
         with run.errors:                                # a run that fails does not stop the others
             prompt = Prompt(run.clip, initial_context(run), run.args.position)
-            run.start(prompt)                           # encode images by CLIP; --load: fill prompt
+            run.start(prompt)                           # CLIP's image features; --load: the prompt
             if not run.args.load:
                 train(prompt, run)
             # Predict argmax_c f(x) . w_c for the test images, record, print.

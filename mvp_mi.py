@@ -2,8 +2,8 @@
 
 Q. Zhang: "Generalizable Prompt Tuning for Vision-Language Models", 2024, arXiv 2410.03189. Only its
 abstract and summaries could be read, no equation, and there is no public code. (paper) marks what
-these say. Prompt, initial v, optimizer and schedule are those of CoOp (coop.py), which trains v
-with the cross-entropy of f(x) alone. All else is our guess: equations, numbers, test.
+they say. Prompt, initial v, optimizer and schedule are those of CoOp (coop.py), whose loss is the
+first term of L, over f(x). All else is our guess: equations, numbers, test, the name MVP-MI.
 
 A learned prompt fits the training classes, a hand-crafted one serves all classes. The method treats
 them as two views of the text and maximizes their mutual information, so that the learned prompt
@@ -32,18 +32,19 @@ Mixup of image features widens what the prompt is trained on (paper). CLIP is fr
 
 What is maximized? Draw a class c at random: w_c and h_c are then random vectors. Given w_c, a
 softmax guesses which h_k belongs to it, and the other way round; L_view is the mean cross-entropy
-of the two guesses. A cross-entropy is at least the uncertainty left about c, which is log C with
-neither w_c nor h_c. So log C - L_view is at most the mutual information (van den Oord et al. 2018).
-The information itself is log C, its maximum, whenever no two classes share a feature, as it is
-before training. Training raises only the bound: as the critic sees them, each w_c comes nearer to
-its h_c than to the other h_k. L_img does so from z to w_y: -log p(y|z), but with the critic's T.
+of the two guesses. A cross-entropy is at least the uncertainty left about the partner, which is
+log C if nothing is given. So log C - L_view is at most the mutual information I(w; h) (van den Oord
+et al. 2018). The information itself is log C, its maximum, whenever no two classes share a feature,
+as it is before training. Training raises only the bound: as the critic sees them, each w_c comes
+nearer to its h_c than to the other h_k. L_img is -log p(y|z) with T as logits: such a bound on the
+information I(z; y), through which the mixtures train the critic, too.
 
-SGD trains on --shots images of each class. With --base-to-new these are the first half of the
-classes, the base classes; then the images of each half are classified among its classes.
+SGD trains on --shots images of each class. With --base-to-new it sees the first half of the
+classes, the base classes; then the test images of each half are classified among its classes.
 
-Test (ours): argmax_c f(x) . u_c. A trained class, of the same label and name, has u_c = w_c. A
-new one, for which v was not trained, has the mean of w_c and h_c, normalized. --classifier soft:
-u = w for all; mean: the mean for all.
+Test (ours): argmax_c f(x) . u_c. A trained class, known by label and name, as names may repeat, has
+u_c = w_c. A new one, for which v was not trained, has the mean of w_c and h_c, normalized.
+--classifier soft: u = w for all; mean: the mean for all.
 
 Try: each command takes seconds on the default data set, "shapes". The numbers beside it come from
 longer runs, with --dataset embedded --seeds 1,2,3 added: accuracies on base / new classes, means
@@ -55,9 +56,9 @@ over eleven small data sets. The tiny CLIP used has 75.3 / 76.5 zero-shot, and C
     ... --classifier soft --image-weight 0                             84.9 / 73.9, no L_img
     ... --classifier soft --augment 0                                  84.4 / 72.4, no z, no L_img
     ... --classifier soft --critic cosine                              84.5 / 71.3, P, Q, t fixed
-With u = w, every part helps on new classes. With the mean of w and h there, L_view adds nothing. A
-fixed critic, in both L_view and L_img, is worse on new classes than no L_view at all (with 4 shots
-it is not: 76.0 and 75.1); we do not know why.
+With u = w, every part helps on new classes. With the mean of w and h, L_view adds nothing there. A
+fixed critic, in both L_view and L_img, is worse there than no L_view at all (with 4 shots better,
+76.0 over 75.1); we do not know why.
 
 Ours, as in coop.py: ten random crops of each image are encoded once. f(x) is of one of them, drawn
 in each epoch; z takes any, drawn in each batch. --views 0: one crop, encoded anew in every epoch.
@@ -107,7 +108,7 @@ class Prompt(torch.nn.Module):
 
 
 def initial_context(run):
-    """Return v before training: embeddings of --ctx-init, M of them; or noise (CoOp's paper)."""
+    """Return v before training: one vector per token of --ctx-init, or noise (CoOp's paper)."""
     per_class = [len(run.classes)] if run.args.class_specific else []   # a first dimension, or none
     if run.args.ctx_init:
         return common.embed(run.clip, run.args.ctx_init).repeat(*per_class, 1, 1)
@@ -155,13 +156,13 @@ def train(prompt, run):
     clip, args = run.clip, run.args
     names = common.name_embeddings(clip, run.classnames)
     optimizer = torch.optim.SGD(prompt.parameters(), args.lr, momentum=0.9, weight_decay=5e-4)
-    h = common.template_features(clip, run.data.template, run.classnames)       # (C, D)
+    h = common.template_features(clip, run.template, run.classnames)       # (C, D)
     critic = Critic(h.shape[1], args.mi_temperature).to(clip.device)
     critic.requires_grad_(args.critic == "learned")     # cosine: it keeps its initial value
     if args.critic == "learned":
         optimizer.add_param_group({"params": critic.parameters(), "weight_decay": 0})
     rng = torch.Generator().manual_seed(run.seed)
-    epochs = args.epochs or common.default_epochs(run)  # 1 shot, ImageNet: 50; 2-7: 100; 8 up: 200
+    epochs = args.epochs or common.default_epochs(run)  # 50 (1 shot or ImageNet), 100 (2-7) or 200
     for epoch in common.progress(range(epochs), desc="training", unit="epoch"):
         # Epoch 0 warms up at 1e-5. From epoch 1 on the rate falls from args.lr along half a cosine,
         # which would reach 0 two epochs after the last one (CoOp's code).
@@ -195,9 +196,9 @@ def flags():
     parser.add_argument("--ctx-init", type=common.words, metavar="WORDS",
                         help="words whose embeddings the context starts from")
     parser.add_argument("--class-specific", action="store_true",
-                        help="learn one context per class; it cannot be used with new classes")
+                        help="one context per class (CoOp's paper); not for new classes")
     parser.add_argument("--position", choices=["end", "middle", "front"], default="end",
-                        help="of the class name in the prompt (end)")
+                        help="of the class name (end); end, middle: CoOp's paper, front: code")
     parser.add_argument("--mi-weight", type=common.nonnegative, default=1.0, metavar="LAMBDA",
                         help="weight of L_view, the two views (1)")
     parser.add_argument("--image-weight", type=common.nonnegative, default=1.0, metavar="MU",
@@ -220,7 +221,7 @@ def main():
             template = None if run.args.classifier == "soft" else run.template
             trained = run.classes if run.args.classifier == "seen" else ()
             prompt = Prompt(run.clip, initial_context(run), run.args.position, template, trained)
-            run.start(prompt)                           # encode images by CLIP; --load: fill prompt
+            run.start(prompt)                           # CLIP's image features; --load: the prompt
             if not run.args.load:
                 train(prompt, run)
             # Predict argmax_c f(x) . u_c for the test images, record, print.

@@ -18,11 +18,11 @@ all classes share the context, this should protect the other classes, too. CLIP 
     g      the frozen text encoder, read at the end token and normalized                    (D,)
     v      the learned context: M vectors of the text encoder's width W                     (M, W)
     tau    CLIP's learned inverse temperature, 100 in OpenAI's models (clip.logit_scale below)
-    p_zs   p of zero-shot CLIP with ProGrad's template. v starts as zeros, then its words before the
-           name (authors' code). Zero-shot accuracies are those of the data set's template
+    p_zs   p of zero-shot CLIP with ProGrad's template. v starts as its words before the name, with
+           zeros in front (authors' code). Zero-shot accuracies use the data set's own template
 
-To first order a step -s G_d changes L_g by -s G_d . G_g: in a conflict L_g rises. With lambda = 1 a
-step -s G leaves it as it is; SGD's momentum and weight decay, which come after, may change it.
+To first order a step -s G_d changes L_g by -s G_d . G_g: L_g rises in a conflict. There a step -s G
+with lambda = 1 leaves L_g as it is; but the momentum and weight decay that SGD adds may change it.
 
 SGD learns v alone, from --shots images of each class. Test: argmax_c f(x) . w_c over the classes
 tested. One context serves all classes, also those it was not trained on: --base-to-new trains on
@@ -30,16 +30,16 @@ the first half of the classes, the base classes, and then classifies the images 
 the classes of that half. CoOp loses accuracy on the new half; ProGrad, MVP-MI and RESTORE (a script
 each) try to prevent that.
 
-Try: on the default data set, "shapes", a command takes seconds. The numbers beside it come from
-longer runs, with --dataset embedded --seeds 1,2,3 added: accuracies on base / new classes, means
-over eleven small data sets. The tiny CLIP used has 75.3 / 76.5 zero-shot.
+Try: on the default data set, "shapes", a command takes seconds. The accuracies beside it, on base /
+new classes, have --dataset embedded --seeds 1,2,3 added, and are means over these eleven small data
+sets. Zero-shot, the tiny CLIP used has 75.3 / 76.5.
     python prograd.py --base-to-new --shots 16                         80.8 / 75.0
     ... --projection 0                                  83.7 / 71.6, CoOp from ProGrad's start
 
-CoOp's paper: L, M, learning rate, schedule, random crops and flips; its code: batch size, momentum,
-weight decay, dropping the last incomplete batch. CoCoOp's paper: base and new classes. Ours: ten
-random crops of each image are encoded once, and each epoch draws one of them; --views 0 encodes new
-crops in every epoch.
+CoOp's paper, and ProGrad: L, M, learning rate, schedule, random crops and flips; their code: batch
+size, momentum, weight decay, dropping the last incomplete batch. CoCoOp's paper: base and new
+classes. Ours: ten random crops of each image are encoded once, and each epoch draws one of them;
+--views 0 encodes new crops in every epoch.
 """
 
 import math
@@ -57,7 +57,7 @@ class Prompt(torch.nn.Module):
         super().__init__()
         self.clip = clip                                # not a Module: parameters() leaves it out
         self.v = torch.nn.Parameter(v)                  # (M, W); class-specific: (C, M, W)
-        self.register_buffer("left_over", left_over)    # (l, W), frozen; l = 0 as a rule
+        self.register_buffer("left_over", left_over)    # (l, W), see initial_context
         self.position = position
 
     def forward(self, names):
@@ -81,9 +81,9 @@ class Prompt(torch.nn.Module):
 
 
 def initial_context(run):
-    """Return v before training (zeros, then the words of --ctx-init or of the template before the
-    name) and `left_over`. The authors' code takes as many tokens as there are words: "a type of
-    pet, a photo of a" has 8 words, 9 tokens. The last is left over: frozen, before the name."""
+    """Return v before training (the words of --ctx-init or of the template before the name, zeros
+    in front) and left_over. The authors' code learns as many tokens as there are words: 8 of the 9
+    of "a type of pet, a photo of a". The last one is frozen, and stands before the name."""
     per_class = [len(run.classes)] if run.args.class_specific else []   # a first dimension, or none
     text = run.args.ctx_init or run.data.prograd_template.split("{}")[0]
     words, left_over = common.embed(run.clip, text).tensor_split([len(text.split())])
@@ -102,7 +102,7 @@ def train(prompt, run):
     clip, args = run.clip, run.args
     names = common.name_embeddings(clip, run.classnames)
     optimizer = torch.optim.SGD(prompt.parameters(), args.lr, momentum=0.9, weight_decay=5e-4)
-    epochs = args.epochs or common.default_epochs(run)  # 1 shot, ImageNet: 50; 2-7: 100; 8 up: 200
+    epochs = args.epochs or common.default_epochs(run)  # 50 (1 shot or ImageNet), 100 (2-7) or 200
     w_zs = common.template_features(clip, run.data.prograd_template, run.classnames)    # (C, D)
     for epoch in common.progress(range(epochs), desc="training", unit="epoch"):
         # Epoch 0 warms up at 1e-5. From epoch 1 on the rate falls from args.lr along half a cosine,
@@ -132,9 +132,9 @@ def flags():
     parser.add_argument("--ctx-init", type=common.words, metavar="WORDS",
                         help="words whose embeddings the context starts from")
     parser.add_argument("--class-specific", action="store_true",
-                        help="learn one context per class; it cannot be used with new classes")
+                        help="one context per class (CoOp's paper); not for new classes")
     parser.add_argument("--position", choices=["end", "middle", "front"], default="end",
-                        help="of the class name in the prompt (end)")
+                        help="of the class name (end); end, middle: CoOp's paper, front: code")
     parser.add_argument("--projection", type=common.nonnegative, default=1.0,
                         metavar="LAMBDA", help="lambda; 0: the gradient of L alone (1)")
     return parser
@@ -144,7 +144,7 @@ def main():
     for run in common.runs(__file__, flags()):          # for each data set, number of shots, seed
         with run.errors:                                # a run that fails does not stop the others
             prompt = Prompt(run.clip, *initial_context(run), run.args.position)
-            run.start(prompt)                           # encode images by CLIP; --load: fill prompt
+            run.start(prompt)                           # CLIP's image features; --load: the prompt
             if not run.args.load:
                 train(prompt, run)
             # Predict argmax_c f(x) . w_c for the test images, record, print.

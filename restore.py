@@ -5,11 +5,11 @@ Yang et al.: "RESTORE: Towards Feature Shift for Vision-Language Prompt Learning
 
 If prompts change one encoder only, or both independently, image and text features drift apart; the
 alignment that CLIP was pre-trained for is lost, and new classes suffer (paper). RESTORE measures
-how far the prompts move a state after each block, the feature shift, and penalizes the difference
+the feature shift, how far the prompts move a state after each block, and penalizes its difference
 between the encoders (paper). CLIP is frozen.
 
 The encoders. n prompt vectors enter block l for l = 1 ... K, P_l the text's, Q_l the image's.
-Neither is made from the other (paper). Their places are the authors' code's; tokens count from 0:
+Only L ties one to the other (paper). Their places are the authors' code's; tokens count from 0:
     X_0 = [start] "a photo of a" [name of c] "." [end], plus positions
     X_l = text block l of X_(l-1); before it, P_l replaces tokens 1 ... n (P_1 gets their positions)
     Y_0 = ln_pre([class token, patches] plus positions, Q_1)                Q_1 has no positions
@@ -25,22 +25,22 @@ The loss, for a batch of images x with labels y, among C classes:
     f(x)    = b_i A(i(x)) + (1 - b_i) i(x), normalized      image feature
     L       = mean over the batch of -log softmax_c(tau * f(x) . w_c)_y, + gamma L_fs
 
-    P, Q    n = 2 vectors of the widths W_t, W_i of the encoders; K = 9, or all blocks of the
-            shallower. P_1 starts as the first n words, the others as noise (authors' code)
+    P, Q    n = 2 vectors of the encoders' widths W_t, W_i, and K = 9 blocks, at most all of the
+            shallower encoder; P_1 starts as the first n words, the others as noise (authors' code)
     s_l     state of the end token or class token after block l, also beyond K; s_l^0 without
             prompts, of the same text or crop. Of a deeper encoder only the last blocks are
             compared, as many as the other has. The relative norm is ours
     A       a feed-forward adapter (paper) of this form (authors' code). `down` starts at zero
             (ours), so that A(z) = z in the beginning
-    b       0.1, not trained. Once, after epoch E // 3 of 0 ... E - 1: b_t += 0.02 * mean shift^text
-            and b_i += 0.005 * mean shift^image, over blocks and the epoch. The more shift, the
-            more surgery. Numbers: authors' code, which takes norms of the prompts, not shifts
+    b       0.1, not trained. Once, after epoch E // 3 of E, from 0: b_t += 0.02 * mean shift^text
+            and b_i += 0.005 * mean shift^image, over blocks and that epoch. More shift, more
+            surgery; b hardly grows. The authors' code's, but this has norms of prompts for shifts
     tau     CLIP's learned inverse temperature, 100 in OpenAI's models (clip.logit_scale below)
     gamma   10 (ours)
 
 SGD trains P, Q and the surgery. L_fs compares how far the encoders move, not in which direction. It
 does not forbid that both move far, by equal amounts. Against this shortcut the paper has the
-surgery: L trains it to correct the final features, by b (A(z) - z). It does not limit the shifts.
+surgery: L trains it to correct the final features, by b (A(z) - z). It limits no shift.
 
 Test: argmax_c f(x) . w_c, with the same prompts and surgery for trained and new classes.
 
@@ -57,8 +57,8 @@ the surgery changes at most 0.2 here.
 
 The released code differs from the paper: its L_fs compares norms of the prompts, not features, and
 it makes Q_l from P_l (class Released, below). SGD, schedule and dropping the incomplete batch are
-CoOp's; 10 epochs, batches of 4 and lr 0.0035 the authors' (embedded data: 0.0005, ours). Ours: ten
-fixed random crops of each image, of which each epoch draws one; --views 0 makes new ones.
+CoOp's; 10 epochs, batches of 4 and lr 0.0035 the authors' (drawn data, as shapes: 0.0005, ours).
+Ours: each epoch draws one of ten fixed random crops of each image; with --views 0, a fresh one.
 """
 
 import math
@@ -75,7 +75,7 @@ class Surgery(torch.nn.Module):
     def __init__(self, dim, b):
         super().__init__()
         self.register_buffer("b", torch.tensor(b))      # raised by raise_blends, not by SGD
-        self.used = b > 0       # b = 0: none, also when raise_blends raises b
+        self.used = b > 0       # b = 0 at first: no block, whatever b becomes
         if self.used:
             self.norm = torch.nn.LayerNorm(dim)
             self.up, self.down = torch.nn.Linear(dim, 4 * dim), torch.nn.Linear(4 * dim, dim)
@@ -105,7 +105,7 @@ class Prompt(torch.nn.Module):
         Q = [0.02 * torch.randn(n, width_i) for _ in range(K)]
         self.P = torch.nn.ParameterList(P if args.towers != "vision" else [])
         self.Q = torch.nn.ParameterList(Q if args.towers != "text" else [])
-        # An encoder without prompts does not move: its shift is 0, and it has no surgery (ours).
+        # Without prompts an encoder does not move. L_fs would hold the other; no surgery (ours).
         b_t, b_i = torch.tensor(args.blend).expand(2).tolist()      # --blend has one number, or two
         self.text_surgery = Surgery(visual.output_dim, b_t if len(self.P) else 0.0)
         self.image_surgery = Surgery(visual.output_dim, b_i if len(self.Q) else 0.0)
@@ -221,7 +221,7 @@ def text_states(prompt, run, prompts):
 
 
 def measure(prompt, run):
-    """Return both encoders' shifts by block, and their mean gap: the paper's diagnostic.
+    """Return both encoders' shifts by block, and their mean gap, the diagnostic of the paper.
 
     On the training images without augmentation."""
     shift_t = feature_shift(text_states(prompt, run, prompt.P), text_states(prompt, run, []))
@@ -265,7 +265,7 @@ def train(prompt, run):
             optimizer.step()
             run.log(epoch, loss=loss, lr=lr, consistency=l_fs, shift_text=shift_t,
                     shift_vision=shift_i)
-        # Raise the blends once, in proportion to this epoch's shifts, unless no epoch follows.
+        # Raise the blends once, in proportion to this epoch's shifts, if an epoch follows.
         if epoch == epochs // 3 < epochs - 1:
             history = run.history()
             prompt.raise_blends(torch.tensor(history["shift_text"][-1]),
@@ -275,9 +275,9 @@ def train(prompt, run):
 class Released(Prompt):
     """The authors' released code, where it differs from their paper.
 
-    --prompts coupled: Q_l is a learned linear map of P_l. --shift gram: L_fs = sum over
+    --prompts coupled: Q_l is a learned affine map of P_l. --shift gram: L_fs = sum over
     l = 2 ... K of the squared difference of the Gram norms |P_l P_l^T|_F and |Q_l Q_l^T|_F, each
-    over its value at the start; the blends grow with the mean norm, undivided. Both together, with
+    over its value at the start; these norms, undivided, raise the blends. Both together, with
     --shift-weight 1 --views 0, are their code, but for the random numbers and A at the start."""
 
     def __init__(self, clip, args):
@@ -346,7 +346,7 @@ def main():
             if released and args.towers != "both":
                 raise common.Problem("--prompts coupled and --shift gram need --towers both")
             prompt = Released(run.clip, args) if released else Prompt(run.clip, args)
-            run.start(prompt)                           # encode images by CLIP; --load: fill prompt
+            run.start(prompt)                           # CLIP's image features; --load: the prompt
             if not args.load:
                 train(prompt, run)
             more = {"shift_after": measure(prompt, run)} if run.items else {}   # none with --load
