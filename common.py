@@ -74,9 +74,9 @@ def runs(script, parser, argv=None):
     script  the method's __file__
 
     Skips runs that --out has already. Under torchrun every process takes its share. In a process of
-    several runs a user error ends one run, or all on its data set; the others go on, and it is
-    named at the end. Those while loading are caught here; those while encoding, training and
-    testing by the script's `with run.errors`."""
+    several runs a user error ends one run or, while loading, all that are left on its data set;
+    the others go on, and the end names what failed. Errors after the loading are caught by the
+    script's `with run.errors`."""
     args = parse(parser, argv)
     jobs = list(itertools.product(args.dataset, args.shots, args.seeds))
     mine, done, failed = share(jobs), [], []
@@ -122,7 +122,7 @@ def share(jobs):
 
 
 def runs_on(dataset, jobs, script, args):
-    """Yield the Runs on one data set: load and check everything, encode nothing yet."""
+    """Yield one data set's Runs: load and check (data/flags.py), encode nothing yet."""
     # origin: what the file of --load tells of its training, or None. It has the class names, which
     # is enough for --predict: no data set is loaded then, unless a flag asks for one.
     method, origin = Path(script).stem, args.origin
@@ -223,7 +223,7 @@ class Clip:
     """A CLIP, frozen and in evaluation mode (by data/weights.py)."""
     model: torch.nn.Module      # open_clip's, in fp32
     text: torch.nn.Module       # its text encoder
-    visual: torch.nn.Module     # its image encoder, for image features: in `dtype`
+    visual: torch.nn.Module     # its image encoder in `dtype`, a copy unless fp32
     dtype: torch.dtype          # of the image features' arithmetic
     tokenizer: object
     preprocess: object          # PIL image -> uint8 tensor (3, H, W): CLIP's own resize and crop
@@ -260,19 +260,19 @@ class Clip:
 @functools.cache
 def load_clip(backbone=f"local-dir:{TINY_CLIP}", pretrained="", device="cpu", precision="fp32",
               class_chunk=128, chosen=True):
-    """Return the Clip of --backbone and --pretrained. chosen: see weights.create.
+    """Return the Clip of --backbone and --pretrained. chosen: named by the user.
 
     Raises Problem if there is no such model, no weights, or a text encoder that is not CLIP's."""
     torch.manual_seed(0)                                        # for --pretrained random
-    found = weights.create(backbone, pretrained, chosen)
+    rest = weights.create(backbone, pretrained, chosen)
     if device == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
         torch.backends.cudnn.allow_tf32 = False     # fp32 means fp32 in convolutions, too
-    model, dtype = found["model"].to(device), feature_dtype(device, precision)
+    model, dtype = rest["model"].to(device), feature_dtype(device, precision)
     visual = model.visual if dtype == torch.float32 else copy.deepcopy(model.visual).to(dtype)
     return Clip(visual=visual, dtype=dtype, logit_scale=model.logit_scale.exp().item(),
                 device=device, amp=device == "cuda" and dtype == torch.bfloat16,
-                class_chunk=class_chunk, name=weights.backbone_name(backbone), **found)
+                class_chunk=class_chunk, name=weights.backbone_name(backbone), **rest)
 
 
 def feature_dtype(device, precision):
@@ -303,7 +303,7 @@ def encode_images(clip, data, items, cache=None, views=None, encode=None, kind="
     paths, numbers = [str(item.path) for item in items], views or [0]
     transform = clip.augment if views else clip.preprocess
     encode = encode or clip.encode_image
-    # A name is (content, view). Of equal images only one is encoded.
+    # A row's name is (content, view): equal images are encoded once.
     names = list(itertools.product([item.content or item.path for item in items], numbers))
     sources = dict(zip(names, itertools.product(paths, numbers)))
     # Batches of one size, the last one filled up: else the last bits of an image's features would
@@ -387,8 +387,8 @@ def encode_text(clip, shared, own):
 def through_blocks(text, x, past):
     """Return the states x (c, L, W) after all blocks, and each block's keys and values, [(k, v)].
 
-    past  those of S tokens before x, (1, heads, S, W / heads) each; or []. With past, no keys and
-          values are returned
+    past  those of S tokens before x, (1, heads, S, W / heads) each; or []. If there are any,
+          none are returned
     A token sees those of past, those before it in x, and itself. ls_1 and ls_2 are open_clip's
     LayerScale, which does nothing in OpenAI's models."""
     kept, sees = [], None
@@ -435,7 +435,7 @@ def pad(prompts):
 def in_chunks(clip, encode, prompts):
     """Return encode(prompts), a list of tensors (C, ...), computed --class-chunk prompts at a time.
 
-    With several chunks, activations are not kept but computed again in the backward pass: memory
+    With several chunks, the backward pass computes activations again (nothing random) and memory
     stays flat as classes grow. A list, as RESTORE's encode returns two: features and states."""
     size = clip.class_chunk
     chunks = [prompts[c:c + size] for c in range(0, len(prompts), size)]
@@ -457,7 +457,7 @@ def check_length(clip, length):
 def template_features(clip, template, classnames):
     """Return zero-shot CLIP's class features of "a photo of a {}." or the like, (C, D).
 
-    If there are several, separated by |: the normalized mean of their unit-norm features."""
+    Of several templates, separated by |: the normalized mean of their unit-norm features."""
     start, end = start_end(clip)
     found = []
     for one in template.split("|"):
@@ -528,7 +528,8 @@ class Run:
         """Encode the test images. Then encode the views of the sample, or load --load's prompt.
 
         A method that changes the image encoder (its prompt has image_features) encodes the views
-        itself. Raises Problem: unreadable image, a prompt file that does not fit."""
+        itself. --views 0: one view, epoch 0's crop, not cached. Raises Problem: an image cannot be
+        read, features are not finite, --load does not fit."""
         args, self.began = self.args, time.time()
         if args.export and hasattr(prompt, "image_features"):
             raise Problem("--export: this method trains on pixels, not on features")
@@ -558,7 +559,7 @@ class Run:
     def load(self, prompt):
         """Fill a prompt with the tensors of --load. Raises Problem if they do not fit."""
         file, tensors = self.args.load, features.read_whole(self.args.load, "--load")
-        for name, buffer in prompt.named_buffers(recurse=False):    # ProGrad's: any length fits
+        for name, buffer in prompt.named_buffers(recurse=False):    # left_over: any length fits
             if name in tensors and buffer.shape[1:] == tensors[name].shape[1:]:
                 setattr(prompt, name, tensors[name].to(buffer))
         found, wanted = ({name: (tuple(t.shape), t.dtype) for name, t in state.items()}
@@ -585,7 +586,7 @@ class Run:
         """Yield (f(x) (B, D), labels (B,)) of the epoch's batches."""
         if epoch and not self.args.views:               # --views 0: fresh crops
             self.features = self.encode_views([epoch], None)
-        # All batches of an epoch go to the GPU at once, (batches, B): their sizes are equal.
+        # Rows and views of all batches, equal in size, go to the GPU at once: (batches, B).
         plan = (torch.stack(column).to(self.clip.device) for column in zip(*self.plan(epoch)))
         for rows, views in zip(*plan):                  # (B,) each
             yield self.features[rows, views], self.labels[rows]
