@@ -165,7 +165,7 @@ def runs_on(dataset, jobs, script, args):
             sample, classes = choose(data, sample, tested[0])       # all classes, or base
             known = {item.content for item in sample} & {item.content for item in data.test}
             if data.own and known:
-                print(f"{dataset}: {len(known)} training images are test images as well")
+                print(f"{dataset}: training images that are test images as well: {len(known)}")
         yield Run(job, method, code, args, clip, data, shots, seed, sample, classes, parts,
                   identities)
 
@@ -491,6 +491,10 @@ class Part:
     def classnames(self):
         return [name for _, name in self.classes]
 
+    @property
+    def labels(self):
+        return torch.tensor([item.label for item in self.items])
+
 
 @dataclass
 class Run:
@@ -651,7 +655,7 @@ class Run:
         zero_shot, accuracy  percent of the images whose class has the largest f(x) . w_c
         kl                   mean over the images of KL(zero-shot || prompt), in nats
         counts               images of each class (row) put into each class (column), (C, C)"""
-        labels = torch.tensor([item.label for item in part.items], device=self.clip.device)
+        labels = part.labels.to(self.clip.device)
         logits = [self.clip.logit_scale * f @ w.T for f, w in self.classifiers(prompt, part)]
         zero_shot, predicted = (z.argmax(-1) for z in logits)
         log_zs, log_p = (z.double().log_softmax(-1) for z in logits)

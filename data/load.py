@@ -123,7 +123,7 @@ def load_data(name, root, template=None):
     counts = [len(part) for part in items]
     if data.own:
         data.note = (f"{len(classnames)} classes ({listed(classnames)}), images: {counts[0]} for "
-                     f"training, {counts[2]} for testing; {origin}")
+                     f"training, {counts[1]} for validation, {counts[2]} for testing; {origin}")
     if origin == PUBLISHED and counts != spec["counts"]:
         data.origin = OWN
         data.note = f"{OWN}: {counts} images for train, val, test, not {spec['counts']}"

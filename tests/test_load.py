@@ -88,8 +88,8 @@ def test_class_folders_are_split_50_20_30_the_same_way_every_time(tmp_path):
     assert [len(data.train), len(data.val), len(data.test)] == [10, 4, 6]
     assert files(data.train)[:5] == ["a/6.jpg", "a/8.jpg", "a/9.jpg", "a/7.jpg", "a/5.jpg"]
     assert files(data.test)[3:] == ["b/7.jpg", "b/1.jpg", "b/3.jpg"]
-    assert data.note == ("2 classes (a, b), images: 10 for training, 6 for testing; "
-                         "seeded 50/20/30 split")
+    assert data.note == ("2 classes (a, b), images: 10 for training, 4 for validation, 6 for "
+                         "testing; seeded 50/20/30 split")
 
 
 @pytest.mark.parametrize("train, test", [("train", "test"), ("TRAIN", "Validation")])
@@ -130,7 +130,7 @@ def test_training_images_with_the_content_of_test_images_are_counted(tmp_path, c
         make_images(tmp_path / "own" / place, 1, seed=place)
     make_images(tmp_path / "own/train/dog", 2, seed=place)      # the first is that of test/dog
     done = cli("coop", "--epochs", 1, dataset=tmp_path / "own", backbone="tiny_clip")
-    assert "own: 1 training images are test images as well" in done.out
+    assert "own: training images that are test images as well: 1" in done.out
 
 
 ROWS = {"train": [["b.jpg", 1, "bee"], ["a.jpg", 0, "ant"]],

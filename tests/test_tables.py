@@ -11,6 +11,7 @@ import pytest
 
 from data.errors import Problem
 from data.load import PUBLISHED, SUITES
+from data.results import records
 from data.results.tables import main
 
 HERE = Path(__file__).parent.parent
@@ -40,8 +41,10 @@ def record(method="coop", seed=1, dataset="shapes", shots=4, **more):
 
 
 @pytest.fixture
-def printed(tmp_path, capfd):
+def printed(tmp_path, monkeypatch, capfd):
     """`python common.py FILE FLAGS` on made-up records: {title: rows of texts}, and the output."""
+    monkeypatch.setattr(records, "current_code", lambda method: "c0de0001")
+
     def run(found, *flags):
         file = tmp_path / "results.jsonl"
         file.write_text("".join(json.dumps(r) + "\n" for r in found))
@@ -102,13 +105,14 @@ def test_of_equal_runs_the_last_counts_and_for_transfer_the_last_that_has_the_ta
         ["zero-shot", "41.0"], ["coop", "43.0"]]
 
 
-def test_where_a_table_holds_two_settings_the_older_has_a_tag(printed):
+def test_a_tag_only_where_a_table_holds_two_settings_and_the_current_code_has_none(printed):
     old, new = record(code="0ld", accuracy=10.0), record(accuracy=20.0)
     tag = f"coop [{old['setting'][:6]}]"
     assert rows_of(printed, [old]) == {"zero-shot": ["60.0"], "coop": ["10.0"]}
-    assert rows_of(printed, [old, new]) == {"zero-shot": ["60.0"], "coop": ["20.0"], tag: ["10.0"]}
-    assert rows_of(printed, [new, old])["coop"] == ["10.0"]
-    assert rows_of(printed, [old, new], "--against", "coop") == {
+    for found in ([old, new], [new, old]):
+        assert rows_of(printed, found) == {"zero-shot": ["60.0"], "coop": ["20.0"], tag: ["10.0"]}
+    assert rows_of(printed, [record(code="1", accuracy=1.0), old])["coop"] == ["10.0"]  # the newest
+    assert rows_of(printed, [new, old], "--against", "coop") == {
         "zero-shot": ["+40.0"], tag: ["-10.0"]}
 
 

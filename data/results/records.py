@@ -59,6 +59,12 @@ def code_digest(*files):
     return digest(trees)[:8]
 
 
+def current_code(method):
+    """Return the code digest of METHOD.py as it is now, "" if there is no such script."""
+    script = HERE / f"{method}.py"
+    return code_digest(script, *COMPUTING) if script.is_file() else ""
+
+
 def flags_that_matter(args):
     """Return the flags that belong to a run's setting, {name: value}."""
     return {name: value for name, value in vars(args).items() if name not in ELSEWHERE}

@@ -165,13 +165,16 @@ def keep_one_version(cells):
 def name_rows(cells):
     """Return the newest cell of each run, in rows of one setting each.
 
-    Where a table has several settings under one name, the newest keeps it, and the others get a
-    tag, as in "coop [773a21]"."""
+    Where a table has several settings under one name, that of the scripts as they are keeps it, or
+    the newest; the others get a tag, as in "coop [773a21]"."""
     tags, newest = {}, {}
     for (table, row), some in group(cells, "table", "row").items():
-        settings = dict.fromkeys(c.record["setting"] for c in reversed(some))   # newest first
-        for k, key in enumerate(settings):
-            tags[table, row, key] = f" [{key[:6]}]" if k and some[0].seed is not None else ""
+        codes = {c.record["setting"]: c.record["code"] for c in reversed(some)}     # newest first
+        current = records.current_code(some[0].record["method"]) if len(codes) > 1 else ""
+        plain = next((key for key in codes if codes[key] == current), next(iter(codes)))
+        for key in codes:
+            tag = key != plain and some[0].seed is not None
+            tags[table, row, key] = f" [{key[:6]}]" if tag else ""
     for c in cells:
         c = c._replace(row=c.row + tags[c.table, c.row, c.record["setting"]])
         newest[c.table, c.row, c.column, c.dataset, c.seed] = c
