@@ -137,11 +137,8 @@ def receive(answer, part, version, have):
 
 def md5_of(file):
     """Return the MD5 checksum of a file."""
-    whole = hashlib.md5(usedforsecurity=False)
     with open(file, "rb") as content:
-        while block := content.read(BLOCK):
-            whole.update(block)
-    return whole.hexdigest()
+        return hashlib.file_digest(content, "md5").hexdigest()
 
 
 def unpack(file, take, place):
