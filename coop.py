@@ -21,15 +21,15 @@ the first half of the classes, the base classes, and then classifies the images 
 the classes of that half. CoOp loses accuracy on the new half; ProGrad, MVP-MI and RESTORE (a script
 each) try to prevent that.
 
-Try: on the default data set, "shapes", a command takes seconds. The accuracies beside it, on base /
-new classes, have --dataset embedded --seeds 1,2,3 added, and are means over these eleven small data
-sets. Zero-shot, the tiny CLIP used has 75.3 / 76.5.
+Try: on the default data set, "shapes", a command takes seconds. Beside it: accuracies on base / new
+classes with --dataset embedded --seeds 1,2,3 added, means over its eleven small data sets.
+Zero-shot, the tiny CLIP used has 75.3 / 76.5.
     python coop.py --base-to-new --shots 16                            83.6 / 70.9
 
-CoOp's paper, and ProGrad: L, M, learning rate, schedule, random crops and flips; their code: batch
-size, momentum, weight decay, dropping the last incomplete batch. CoCoOp's paper: base and new
-classes. Ours: ten random crops of each image are encoded once, and each epoch draws one of them;
---views 0 encodes new crops in every epoch.
+As in CoOp's paper: L, M, learning rate, schedule, random crops and flips; as in its code: batch
+size, momentum, weight decay, dropping the last incomplete batch. As in CoCoOp, its successor: base
+and new classes. Ours: ten random crops of each image are encoded once, and each epoch draws one of
+them; --views 0 encodes new crops in every epoch.
 """
 
 import math
@@ -85,8 +85,8 @@ def train(prompt, run):
     optimizer = torch.optim.SGD(prompt.parameters(), args.lr, momentum=0.9, weight_decay=5e-4)
     epochs = args.epochs or common.default_epochs(run)  # 50 (1 shot or ImageNet), 100 (2-7) or 200
     for epoch in common.progress(range(epochs), desc="training", unit="epoch"):
-        # Epoch 0 warms up at 1e-5. From epoch 1 on the rate falls from args.lr along half a cosine,
-        # which would reach 0 two epochs after the last one (CoOp's code).
+        # Epoch 0 warms up at 1e-5. Then the rate falls from args.lr along half a cosine, which would
+        # reach 0 two epochs after the last one (this offset: CoOp's code).
         decay = (1 + math.cos(math.pi * (epoch - 1) / epochs)) / 2
         optimizer.param_groups[0]["lr"] = lr = 1e-5 if epoch == 0 else args.lr * decay
         # Shuffled mini-batches (32 images by default); an incomplete last one is dropped unless it
@@ -106,19 +106,19 @@ def flags():
     """Return the parser of this script's flags."""
     parser = common.flags(__doc__, lr=0.002, batch_size=32, n_ctx=16)
     parser.add_argument("--ctx-init", type=common.words, metavar="WORDS",
-                        help="words whose embeddings the context starts from")
+                        help="words to start from, in place of the usual start")
     parser.add_argument("--class-specific", action="store_true",
                         help="one context per class (CoOp's paper); not for new classes")
     parser.add_argument("--position", choices=["end", "middle", "front"], default="end",
-                        help="of the class name (end); end, middle: CoOp's paper, front: code")
+                        help="of the class name (end); front is in CoOp's code, not its paper")
     return parser
 
 
 def main():
     for run in common.runs(__file__, flags()):          # for each data set, number of shots, seed
-        with run.errors:                                # a run that fails does not stop the others
+        with run.errors:                                # a user error does not stop the other runs
             prompt = Prompt(run.clip, initial_context(run), run.args.position)
-            run.start(prompt)                           # CLIP's image features; --load: the prompt
+            run.start(prompt)                           # encode images; --load: read the prompt
             if not run.args.load:
                 train(prompt, run)
             # Predict argmax_c f(x) . w_c for the test images, record, print.

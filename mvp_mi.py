@@ -2,8 +2,8 @@
 
 Q. Zhang: "Generalizable Prompt Tuning for Vision-Language Models", 2024, arXiv 2410.03189. Only its
 abstract and summaries could be read, no equation, and there is no public code. (paper) marks what
-they say. Prompt, initial v, optimizer and schedule are those of CoOp (coop.py), whose loss is the
-first term of L, over f(x). All else is our guess: equations, numbers, test, the name MVP-MI.
+they say. From CoOp (coop.py), our choice: prompt, initial v, optimizer, schedule, and its loss, the
+first term of L over f(x). All else is our guess: equations, numbers, test, the name MVP-MI.
 
 A learned prompt fits the training classes, a hand-crafted one serves all classes. The method treats
 them as two views of the text and maximizes their mutual information, so that the learned prompt
@@ -26,18 +26,18 @@ Mixup of image features widens what the prompt is trained on (paper). CLIP is fr
     tau    CLIP's learned inverse temperature, 100 in OpenAI's models (clip.logit_scale below)
     z      (D,). For each class in the batch, two are drawn. Each z mixes crops of two training
            images of that class, which may be the same; a is uniform in [0, 1]; y is the class
-    P, Q   (D, D), start as the identity; t starts at 0.07. SGD trains them and log t with v, but
-           without weight decay; after the training they are thrown away
+    P, Q   (D, D), start as the identity; t starts at 0.07. SGD trains them, log t and v, of these
+           only v with weight decay, which would pull t to 1. After training only v is kept
     lambda 1, and mu 1
 
 What is maximized? Draw a class c at random: w_c and h_c are then random vectors. Given w_c, a
 softmax guesses which h_k belongs to it, and the other way round; L_view is the mean cross-entropy
-of the two guesses. A cross-entropy is at least the uncertainty left about the partner, which is
-log C if nothing is given. So log C - L_view is at most the mutual information I(w; h) (van den Oord
-et al. 2018). The information itself is log C, its maximum, whenever no two classes share a feature,
-as it is before training. Training raises only the bound: as the critic sees them, each w_c comes
-nearer to its h_c than to the other h_k. L_img is -log p(y|z) with T as logits: such a bound on the
-information I(z; y), through which the mixtures train the critic, too.
+of the two guesses. The information I(w; h) is the uncertainty about the partner, log C, less what
+w_c leaves of it; a cross-entropy is at least that. So log C - L_view is at most I(w; h) (van den
+Oord et al. 2018). The information itself is log C, its maximum, already before training, if no two
+classes share a feature. Training raises only the bound: as the critic sees them, each w_c comes
+nearer to its h_c than to the other h_k. L_img is -log p(y|z) with T as logits. Likewise log C -
+L_img is at most I(z; y), if classes are equally frequent. So the critic learns from images, too.
 
 SGD trains on --shots images of each class. With --base-to-new it sees the first half of the
 classes, the base classes; then the test images of each half are classified among its classes.
@@ -56,9 +56,9 @@ over eleven small data sets. The tiny CLIP used has 75.3 / 76.5 zero-shot, and C
     ... --classifier soft --image-weight 0                             84.9 / 73.9, no L_img
     ... --classifier soft --augment 0                                  84.4 / 72.4, no z, no L_img
     ... --classifier soft --critic cosine                              84.5 / 71.3, P, Q, t fixed
-With u = w, every part helps on new classes. With the mean of w and h, L_view adds nothing there. A
-fixed critic, in both L_view and L_img, is worse there than no L_view at all (with 4 shots better,
-76.0 over 75.1); we do not know why.
+With the mean of w and h, L_view adds nothing on new classes. With u = w every part helps there, but
+a fixed critic, in both L_view and L_img, is worse than no L_view (with 4 shots better, 76.0 over
+75.1); we do not know why.
 
 Ours, as in coop.py: ten random crops of each image are encoded once. f(x) is of one of them, drawn
 in each epoch; z takes any, drawn in each batch. --views 0: one crop, encoded anew in every epoch.
@@ -164,8 +164,8 @@ def train(prompt, run):
     rng = torch.Generator().manual_seed(run.seed)
     epochs = args.epochs or common.default_epochs(run)  # 50 (1 shot or ImageNet), 100 (2-7) or 200
     for epoch in common.progress(range(epochs), desc="training", unit="epoch"):
-        # Epoch 0 warms up at 1e-5. From epoch 1 on the rate falls from args.lr along half a cosine,
-        # which would reach 0 two epochs after the last one (CoOp's code).
+        # Epoch 0 warms up at 1e-5. Then the rate falls from args.lr along half a cosine, which would
+        # reach 0 two epochs after the last one (this offset: CoOp's code).
         decay = (1 + math.cos(math.pi * (epoch - 1) / epochs)) / 2
         lr = 1e-5 if epoch == 0 else args.lr * decay
         for group in optimizer.param_groups:
@@ -194,11 +194,11 @@ def flags():
     """Return the parser of this script's flags."""
     parser = common.flags(__doc__, lr=0.002, batch_size=32, n_ctx=16)
     parser.add_argument("--ctx-init", type=common.words, metavar="WORDS",
-                        help="words whose embeddings the context starts from")
+                        help="words to start from, in place of the usual start")
     parser.add_argument("--class-specific", action="store_true",
                         help="one context per class (CoOp's paper); not for new classes")
     parser.add_argument("--position", choices=["end", "middle", "front"], default="end",
-                        help="of the class name (end); end, middle: CoOp's paper, front: code")
+                        help="of the class name (end); front is in CoOp's code, not its paper")
     parser.add_argument("--mi-weight", type=common.nonnegative, default=1.0, metavar="LAMBDA",
                         help="weight of L_view, the two views (1)")
     parser.add_argument("--image-weight", type=common.nonnegative, default=1.0, metavar="MU",
@@ -217,14 +217,14 @@ def flags():
 
 def main():
     for run in common.runs(__file__, flags()):          # for each data set, number of shots, seed
-        with run.errors:                                # a run that fails does not stop the others
+        with run.errors:                                # a user error does not stop the other runs
             template = None if run.args.classifier == "soft" else run.template
             trained = run.classes if run.args.classifier == "seen" else ()
             prompt = Prompt(run.clip, initial_context(run), run.args.position, template, trained)
-            run.start(prompt)                           # CLIP's image features; --load: the prompt
+            run.start(prompt)                           # encode images; --load: read the prompt
             if not run.args.load:
                 train(prompt, run)
-            # Predict argmax_c f(x) . u_c for the test images, record, print.
+            # Predict argmax_c f(x) . u_c, record (with log C, the most a bound can reach), print.
             run.finish(prompt, log_C=math.log(len(run.classes)))
 
 

@@ -2,7 +2,7 @@
 
 Zhu, Niu, Han, Wu, Zhang: "Prompt-aligned Gradient for Prompt Tuning", ICCV 2023, arXiv 2205.14865.
 
-CoOp's context overfits the training images; other classes fall below zero-shot CLIP. ProGrad takes
+CoOp overfits its training images, and falls below zero-shot CLIP on other classes. ProGrad takes
 out of each gradient what would move the predictions on these images away from zero-shot CLIP's. As
 all classes share the context, this should protect the other classes, too. CLIP is frozen.
 
@@ -18,8 +18,8 @@ all classes share the context, this should protect the other classes, too. CLIP 
     g      the frozen text encoder, read at the end token and normalized                    (D,)
     v      the learned context: M vectors of the text encoder's width W                     (M, W)
     tau    CLIP's learned inverse temperature, 100 in OpenAI's models (clip.logit_scale below)
-    p_zs   p of zero-shot CLIP with ProGrad's template. v starts as its words before the name, with
-           zeros in front (authors' code). Zero-shot accuracies use the data set's own template
+    p_zs   zero-shot CLIP's p, with ProGrad's template (zero-shot accuracies: the data set's own). v
+           starts as zeros and the words before the name; what is left over stays there, frozen
 
 To first order a step -s G_d changes L_g by -s G_d . G_g: L_g rises in a conflict. There a step -s G
 with lambda = 1 leaves L_g as it is; but the momentum and weight decay that SGD adds may change it.
@@ -30,16 +30,16 @@ the first half of the classes, the base classes, and then classifies the images 
 the classes of that half. CoOp loses accuracy on the new half; ProGrad, MVP-MI and RESTORE (a script
 each) try to prevent that.
 
-Try: on the default data set, "shapes", a command takes seconds. The accuracies beside it, on base /
-new classes, have --dataset embedded --seeds 1,2,3 added, and are means over these eleven small data
-sets. Zero-shot, the tiny CLIP used has 75.3 / 76.5.
+Try: on the default data set, "shapes", a command takes seconds. Beside it: accuracies on base / new
+classes with --dataset embedded --seeds 1,2,3 added, means over its eleven small data sets.
+Zero-shot, the tiny CLIP used has 75.3 / 76.5.
     python prograd.py --base-to-new --shots 16                         80.8 / 75.0
     ... --projection 0                                  83.7 / 71.6, CoOp from ProGrad's start
 
-CoOp's paper, and ProGrad: L, M, learning rate, schedule, random crops and flips; their code: batch
-size, momentum, weight decay, dropping the last incomplete batch. CoCoOp's paper: base and new
-classes. Ours: ten random crops of each image are encoded once, and each epoch draws one of them;
---views 0 encodes new crops in every epoch.
+As in CoOp's paper: L, M, learning rate, schedule, random crops and flips; as in its code: batch
+size, momentum, weight decay, dropping the last incomplete batch. As in CoCoOp, its successor: base
+and new classes. Ours: ten random crops of each image are encoded once, and each epoch draws one of
+them; --views 0 encodes new crops in every epoch.
 """
 
 import math
@@ -82,8 +82,8 @@ class Prompt(torch.nn.Module):
 
 def initial_context(run):
     """Return v before training (the words of --ctx-init or of the template before the name, zeros
-    in front) and left_over. The authors' code learns as many tokens as there are words: 8 of the 9
-    of "a type of pet, a photo of a". The last one is frozen, and stands before the name."""
+    in front) and left_over. The authors' code takes as many tokens as there are words, but a comma
+    is one, too: 8 of 9 in "a type of pet, a photo of a". The last is frozen, before the name."""
     per_class = [len(run.classes)] if run.args.class_specific else []   # a first dimension, or none
     text = run.args.ctx_init or run.data.prograd_template.split("{}")[0]
     words, left_over = common.embed(run.clip, text).tensor_split([len(text.split())])
@@ -105,8 +105,8 @@ def train(prompt, run):
     epochs = args.epochs or common.default_epochs(run)  # 50 (1 shot or ImageNet), 100 (2-7) or 200
     w_zs = common.template_features(clip, run.data.prograd_template, run.classnames)    # (C, D)
     for epoch in common.progress(range(epochs), desc="training", unit="epoch"):
-        # Epoch 0 warms up at 1e-5. From epoch 1 on the rate falls from args.lr along half a cosine,
-        # which would reach 0 two epochs after the last one (CoOp's code).
+        # Epoch 0 warms up at 1e-5. Then the rate falls from args.lr along half a cosine, which would
+        # reach 0 two epochs after the last one (this offset: CoOp's code).
         decay = (1 + math.cos(math.pi * (epoch - 1) / epochs)) / 2
         optimizer.param_groups[0]["lr"] = lr = 1e-5 if epoch == 0 else args.lr * decay
         # Shuffled mini-batches (32 images by default); an incomplete last one is dropped unless it
@@ -130,21 +130,21 @@ def flags():
     """Return the parser of this script's flags."""
     parser = common.flags(__doc__, lr=0.002, batch_size=32, n_ctx=16)
     parser.add_argument("--ctx-init", type=common.words, metavar="WORDS",
-                        help="words whose embeddings the context starts from")
+                        help="words to start from, in place of the usual start")
     parser.add_argument("--class-specific", action="store_true",
                         help="one context per class (CoOp's paper); not for new classes")
     parser.add_argument("--position", choices=["end", "middle", "front"], default="end",
-                        help="of the class name (end); end, middle: CoOp's paper, front: code")
+                        help="of the class name (end); front is in CoOp's code, not its paper")
     parser.add_argument("--projection", type=common.nonnegative, default=1.0,
-                        metavar="LAMBDA", help="lambda; 0: the gradient of L alone (1)")
+                        metavar="LAMBDA", help="lambda (1); 0: the gradient of L")
     return parser
 
 
 def main():
     for run in common.runs(__file__, flags()):          # for each data set, number of shots, seed
-        with run.errors:                                # a run that fails does not stop the others
+        with run.errors:                                # a user error does not stop the other runs
             prompt = Prompt(run.clip, *initial_context(run), run.args.position)
-            run.start(prompt)                           # CLIP's image features; --load: the prompt
+            run.start(prompt)                           # encode images; --load: read the prompt
             if not run.args.load:
                 train(prompt, run)
             # Predict argmax_c f(x) . w_c for the test images, record, print.

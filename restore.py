@@ -9,10 +9,10 @@ the feature shift, how far the prompts move a state after each block, and penali
 between the encoders (paper). CLIP is frozen.
 
 The encoders. n prompt vectors enter block l for l = 1 ... K, P_l the text's, Q_l the image's.
-Only L ties one to the other (paper). Their places are the authors' code's; tokens count from 0:
+Only the loss ties P to Q (paper). Where they enter: the authors' code. Tokens count from 0:
     X_0 = [start] "a photo of a" [name of c] "." [end], plus positions
     X_l = text block l of X_(l-1); before it, P_l replaces tokens 1 ... n (P_1 gets their positions)
-    Y_0 = ln_pre([class token, patches] plus positions, Q_1)                Q_1 has no positions
+    Y_0 = ln_pre([class token, patches, Q_1], plus positions, but none for Q_1)
     Y_l = image block l of Y_(l-1); before it, from l = 2 on, Q_l replaces the last n tokens
     After block K nothing is replaced: the prompts' tokens go on like any others.
     t_c, i(x) = text feature at the end token, image feature at the class token, not normalized
@@ -25,28 +25,28 @@ The loss, for a batch of images x with labels y, among C classes:
     f(x)    = b_i A(i(x)) + (1 - b_i) i(x), normalized      image feature
     L       = mean over the batch of -log softmax_c(tau * f(x) . w_c)_y, + gamma L_fs
 
-    P, Q    n = 2 vectors of the encoders' widths W_t, W_i, and K = 9 blocks, at most all of the
-            shallower encoder; P_1 starts as the first n words, the others as noise (authors' code)
+    P, Q    n = 2 vectors of the encoders' widths W_t, W_i; K = 9 blocks, or fewer if an encoder has
+            fewer; P_1 starts as the first n words, the others as noise (all: authors' code)
     s_l     state of the end token or class token after block l, also beyond K; s_l^0 without
             prompts, of the same text or crop. Of a deeper encoder only the last blocks are
             compared, as many as the other has. The relative norm is ours
     A       a feed-forward adapter (paper) of this form (authors' code). `down` starts at zero
             (ours), so that A(z) = z in the beginning
-    b       0.1, not trained. Once, after epoch E // 3 of E, from 0: b_t += 0.02 * mean shift^text
+    b       0.1, not trained. Once, after epoch E // 3 of 0 ... E-1: b_t += 0.02 * mean shift^text
             and b_i += 0.005 * mean shift^image, over blocks and that epoch. More shift, more
-            surgery; b hardly grows. The authors' code's, but this has norms of prompts for shifts
+            surgery, but barely. b is the authors' code's, which takes prompts' norms as shifts
     tau     CLIP's learned inverse temperature, 100 in OpenAI's models (clip.logit_scale below)
     gamma   10 (ours)
 
-SGD trains P, Q and the surgery. L_fs compares how far the encoders move, not in which direction. It
-does not forbid that both move far, by equal amounts. Against this shortcut the paper has the
-surgery: L trains it to correct the final features, by b (A(z) - z). It limits no shift.
+SGD trains P, Q and the surgery. L_fs compares how far the encoders move, not in which direction.
+Both may move far, if equally. Against this shortcut the paper has the surgery: the first term of L
+trains it to correct the final features, by b (A(z) - z). A limits no shift.
 
 Test: argmax_c f(x) . w_c, with the same prompts and surgery for trained and new classes.
 
 Try: on the default data set, "shapes", a command takes a minute. The numbers beside it come from
 longer runs, with --dataset embedded --seeds 1,2,3 added: accuracies on base / new classes, means
-over eleven small data sets that this repository draws, and the gap, the mean over blocks of
+over these eleven sets, which this repository draws, and the gap, the mean over blocks of
 |shift_l^image - shift_l^text| after training. The tiny CLIP used has 75.3 / 76.5 zero-shot, and
 CoOp, which learns prompts for the text's input only, 83.6 / 70.9. L_fs closes the gap and helps;
 the surgery changes at most 0.2 here.
@@ -57,7 +57,7 @@ the surgery changes at most 0.2 here.
 
 The released code differs from the paper: its L_fs compares norms of the prompts, not features, and
 it makes Q_l from P_l (class Released, below). SGD, schedule and dropping the incomplete batch are
-CoOp's; 10 epochs, batches of 4 and lr 0.0035 the authors' (drawn data, as shapes: 0.0005, ours).
+CoOp's; 10 epochs, batches of 4 and lr 0.0035 the authors' (0.0005 on the embedded data, ours).
 Ours: each epoch draws one of ten fixed random crops of each image; with --views 0, a fresh one.
 """
 
@@ -105,7 +105,7 @@ class Prompt(torch.nn.Module):
         Q = [0.02 * torch.randn(n, width_i) for _ in range(K)]
         self.P = torch.nn.ParameterList(P if args.towers != "vision" else [])
         self.Q = torch.nn.ParameterList(Q if args.towers != "text" else [])
-        # Without prompts an encoder does not move. L_fs would hold the other; no surgery (ours).
+        # Without prompts an encoder gets no surgery (ours), and L_fs would hold the other still.
         b_t, b_i = torch.tensor(args.blend).expand(2).tolist()      # --blend has one number, or two
         self.text_surgery = Surgery(visual.output_dim, b_t if len(self.P) else 0.0)
         self.image_surgery = Surgery(visual.output_dim, b_i if len(self.Q) else 0.0)
@@ -242,8 +242,8 @@ def train(prompt, run):
     views = list(range(args.views)) or [0]
     image_0 = image_states(prompt, run, [], views, args.cache if args.views else None)
     for epoch in common.progress(range(epochs), desc="training", unit="epoch"):
-        # Epoch 0 warms up at 1e-5. From epoch 1 on the rate falls from args.lr along half a cosine,
-        # which would reach 0 two epochs after the last one (CoOp's code).
+        # Epoch 0 warms up at 1e-5. Then the rate falls from args.lr along half a cosine, which would
+        # reach 0 two epochs after the last one (this offset: CoOp's code).
         decay = (1 + math.cos(math.pi * (epoch - 1) / epochs)) / 2
         optimizer.param_groups[0]["lr"] = lr = 1e-5 if epoch == 0 else args.lr * decay
         if epoch and not args.views:                                        # fresh crops
@@ -296,7 +296,7 @@ class Released(Prompt):
         return self.Q
 
     def gram_norms(self):
-        """Return |P_l P_l^T|_F and |Q_l Q_l^T|_F, l = 2 ... K (1 if K = 1), (K - 1,) each."""
+        """Return |P_l P_l^T|_F and |Q_l Q_l^T|_F, l = 2 ... K, (K - 1,) each. K=1: l = 1, (1,)."""
         encoders = [list(prompts) for prompts in (self.P, self.image_prompts())]
         return [torch.stack([(p @ p.T).norm() for p in some[1:] or some]) for some in encoders]
 
@@ -340,13 +340,13 @@ def flags():
 
 def main():
     for run in common.runs(__file__, flags()):          # for each data set, number of shots, seed
-        with run.errors:                                # a run that fails does not stop the others
+        with run.errors:                                # a user error does not stop the other runs
             args = run.args
             released = args.prompts == "coupled" or args.shift == "gram"
             if released and args.towers != "both":
                 raise common.Problem("--prompts coupled and --shift gram need --towers both")
             prompt = Released(run.clip, args) if released else Prompt(run.clip, args)
-            run.start(prompt)                           # CLIP's image features; --load: the prompt
+            run.start(prompt)                           # encode images; --load: read the prompt
             if not args.load:
                 train(prompt, run)
             more = {"shift_after": measure(prompt, run)} if run.items else {}   # none with --load
