@@ -4,12 +4,12 @@
                     for every number of shots and seed: draw the few-shot sample, and yield a Run
       Prompt        the script's: class_features(part) -> (C, D), unit-norm. A method that changes
                     the image encoder has image_features(pixels) -> (n, D), too
-      Run.start     encode the test images; then encode the sample's views, or load a saved prompt
+      Run.start     encode test images and templates; then the sample's views, or load a prompt
       train         the script's: for each epoch, for each batch of Run.batches (or pixel_batches):
                     class features, loss, step, Run.log
       Run.finish    classify the test images; record, save, print
 
-Files: data/sets/NAME       images and split, downloaded or drawn on first use (load_data)
+Files: data/sets/NAME       images and split: drawn, downloaded, or put there by you (load_data)
        data/sets/cache      digests of image files, image features (add_contents, encode_images)
        runs/results.jsonl   a line for each run, by which it is skipped later (Run.finish, runs)
 
@@ -19,7 +19,7 @@ holds the rest: flags, data sets, CLIP's weights, pixels, the cache, records and
 Shapes: N images, B in a mini-batch, n any number of them, V augmented views of each image. C
 classes, c of them in a chunk (but w_c is the feature of class c). M context vectors, l tokens in a
 piece of a prompt; S tokens that all prompts share, and L after them. W the width of the text
-encoder (of an image in (n, 3, H, W)), D the dimension of the features.
+encoder, but of the image in (n, 3, H, W). D the dimension of the features.
 """
 
 import sys
@@ -75,8 +75,8 @@ def runs(script, parser, argv=None):
 
     Skips runs that --out has already. Under torchrun every process takes its share. In a process of
     several runs a user error ends one run or, while loading, all that are left on its data set;
-    the others go on, and the end names what failed. Errors after the loading are caught by the
-    script's `with run.errors`."""
+    the others go on, and the end names what failed. An error in the script's loop does not reach
+    this generator: hence `with run.errors` there."""
     args = parse(parser, argv)
     jobs = list(itertools.product(args.dataset, args.shots, args.seeds))
     mine, done, failed = share(jobs), [], []
@@ -164,7 +164,7 @@ def runs_on(dataset, jobs, script, args):
             sample = add_contents(few_shot(data.train, shots, seed), args.cache)
             sample, classes = choose(data, sample, tested[0])       # all classes, or base
             known = {item.content for item in sample} & {item.content for item in data.test}
-            if data.own and known:
+            if data.own and known:                                  # own: a user's folder
                 print(f"{dataset}: training images that are test images as well: {len(known)}")
         yield Run(job, method, code, args, clip, data, shots, seed, sample, classes, parts,
                   identities)
@@ -211,7 +211,7 @@ def choose_tests(data, args):
 
 
 def add_contents(items, cache):
-    """Return the items with digests of their image files, which are kept in the cache."""
+    """Return the items with digests of their image files; the cache keeps the digests."""
     contents = features.digest_files([str(item.path) for item in items], cache)
     return [item._replace(content=content) for item, content in zip(items, contents)]
 
@@ -233,11 +233,11 @@ class Clip:
     class_chunk: int
     name: str                   # of the backbone, as recorded
     activation: str
-    weights: str                # digest of weights, image encoder and activation
+    weights: str                # digest of weights, visual modules, activation
     image_key: str              # digest of the image encoder and its preprocessing
 
     def autocast(self):
-        """Return the context for a prompt's encoders: bf16 if `amp`, else fp32."""
+        """Return autocast for a prompt's encoders: to bf16 if `amp`, else off."""
         return torch.autocast(self.device, torch.bfloat16, enabled=self.amp)
 
     @property
@@ -260,7 +260,7 @@ class Clip:
 @functools.cache
 def load_clip(backbone=f"local-dir:{TINY_CLIP}", pretrained="", device="cpu", precision="fp32",
               class_chunk=128, chosen=True):
-    """Return the Clip of --backbone and --pretrained. chosen: named by the user.
+    """Return the Clip of --backbone and --pretrained. chosen: by a flag or --load.
 
     Raises Problem if there is no such model, no weights, or a text encoder that is not CLIP's."""
     torch.manual_seed(0)                                        # for --pretrained random
@@ -296,14 +296,14 @@ def encode_images(clip, data, items, cache=None, views=None, encode=None, kind="
     """Return image features f(x), on the CPU: (N, D), or (N, V, D) of augmented `views`.
 
     cache   the folder where they are kept, for all runs (None: not kept)
-    views   numbers of augmented views; view k of an image looks the same in every run
+    views   indices of augmented views; view k of an image looks the same in every run
     encode  another function, pixels (n, 3, H, W) -> (n, ...); None: CLIP's, unit-norm
     kind    names `encode` in the cache's keys
     Raises Problem at an image that is missing or cannot be read."""
     paths, numbers = [str(item.path) for item in items], views or [0]
     transform = clip.augment if views else clip.preprocess
     encode = encode or clip.encode_image
-    # A row's name is (content, view): equal images are encoded once.
+    # A row's name: content (--predict: path), view. Equal images are encoded once.
     names = list(itertools.product([item.content or item.path for item in items], numbers))
     sources = dict(zip(names, itertools.product(paths, numbers)))
     # Batches of one size, the last one filled up: else the last bits of an image's features would
@@ -367,8 +367,8 @@ def encode_text(clip, shared, own):
     Raises Problem if a prompt is longer than the encoder reads.
 
     CLIP pads to 77 tokens. Its text encoder is causal: tokens after the end token change nothing,
-    and the states of the shared tokens are the same for all classes. So prompts are padded only to
-    the longest, and the shared tokens go through the encoder once; the others attend to them."""
+    and the states of the shared tokens are the same for all classes. So a chunk is padded only to
+    its longest, and the shared tokens go through the encoder once; the others attend to them."""
     text, x = clip.text, torch.cat(shared)                              # (S, W)
     skip = len(x)
     check_length(clip, skip + max(sum(map(len, parts)) for parts in own))
@@ -387,8 +387,8 @@ def encode_text(clip, shared, own):
 def through_blocks(text, x, past):
     """Return the states x (c, L, W) after all blocks, and each block's keys and values, [(k, v)].
 
-    past  those of S tokens before x, (1, heads, S, W / heads) each; or []. If there are any,
-          none are returned
+    past  keys and values of S tokens before x, (1, heads, S, W / heads) each; or []. Given them,
+          returns none
     A token sees those of past, those before it in x, and itself. ls_1 and ls_2 are open_clip's
     LayerScale, which does nothing in OpenAI's models."""
     kept, sees = [], None
@@ -401,12 +401,12 @@ def through_blocks(text, x, past):
         # (c, heads, L, W / heads) each
         q, k, v = qkv.view(*x.shape[:2], 3, attn.num_heads, -1).permute(2, 0, 3, 1, 4)
         if past:
-            k, v = (torch.cat([old.expand(len(x), -1, -1, -1), new], 2)
-                    for old, new in zip(k_v, (k, v)))                   # (c, heads, S + L, ...)
+            k, v = (torch.cat([old.expand(len(x), -1, -1, -1), new], 2)     # S tokens, then L
+                    for old, new in zip(k_v, (k, v)))
         else:
             kept.append((k, v))
-        heads = F.scaled_dot_product_attention(q, k, v, attn_mask=sees, is_causal=not past)
-        x = x + block.ls_1(attn.out_proj(heads.transpose(1, 2).flatten(2)))
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=sees, is_causal=not past)
+        x = x + block.ls_1(attn.out_proj(out.transpose(1, 2).flatten(2)))
         x = x + block.ls_2(block.mlp(block.ln_2(x)))
     return x, kept
 
@@ -426,16 +426,16 @@ def pad(prompts):
     flat = torch.cat([part for parts in prompts for part in parts])             # (sum of l, W)
     lengths = torch.tensor([sum(map(len, parts)) for parts in prompts])
     first = lengths.cumsum(0) - lengths
-    places = torch.arange(int(lengths.max())).clamp(max=lengths[:, None] - 1)   # (c, L)
-    places, last = (t.to(flat.device, non_blocking=True)
-                    for t in (first[:, None] + places, lengths - 1))
+    within = torch.arange(int(lengths.max())).clamp(max=lengths[:, None] - 1)   # (c, L)
+    places, last = (t.to(flat.device, non_blocking=True)        # no waiting for the GPU
+                    for t in (first[:, None] + within, lengths - 1))
     return flat[places], last
 
 
 def in_chunks(clip, encode, prompts):
     """Return encode(prompts), a list of tensors (C, ...), computed --class-chunk prompts at a time.
 
-    With several chunks, the backward pass computes activations again (nothing random) and memory
+    With several chunks, the backward pass runs encode again (it draws no random numbers): memory
     stays flat as classes grow. A list, as RESTORE's encode returns two: features and states."""
     size = clip.class_chunk
     chunks = [prompts[c:c + size] for c in range(0, len(prompts), size)]
@@ -479,7 +479,7 @@ def default_epochs(run):
 @dataclass
 class Part:
     """What is tested: images and the classes that compete for them."""
-    name: str                       # "all classes", "base", "new", or a data set of --transfer
+    name: str                       # "all classes", "base", "new", "predict", or one of --transfer
     data: Data
     items: list
     classes: list                   # [(label in the data set, name)]
@@ -529,7 +529,7 @@ class Run:
     # ------------------------------------------------ before the training
 
     def start(self, prompt):
-        """Encode the test images. Then encode the views of the sample, or load --load's prompt.
+        """Encode test images and templates. Then encode the sample's views, or load --load's.
 
         A method that changes the image encoder (its prompt has image_features) encodes the views
         itself. --views 0: one view, epoch 0's crop, not cached. Raises Problem: an image cannot be
@@ -563,7 +563,7 @@ class Run:
     def load(self, prompt):
         """Fill a prompt with the tensors of --load. Raises Problem if they do not fit."""
         file, tensors = self.args.load, features.read_whole(self.args.load, "--load")
-        for name, buffer in prompt.named_buffers(recurse=False):    # left_over: any length fits
+        for name, buffer in prompt.named_buffers(recurse=False):    # ProGrad's: any length fits
             if name in tensors and buffer.shape[1:] == tensors[name].shape[1:]:
                 setattr(prompt, name, tensors[name].to(buffer))
         found, wanted = ({name: (tuple(t.shape), t.dtype) for name, t in state.items()}

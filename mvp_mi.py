@@ -164,8 +164,8 @@ def train(prompt, run):
     rng = torch.Generator().manual_seed(run.seed)
     epochs = args.epochs or common.default_epochs(run)  # 50 (1 shot or ImageNet), 100 (2-7) or 200
     for epoch in common.progress(range(epochs), desc="training", unit="epoch"):
-        # Epoch 0 warms up at 1e-5. Then the rate falls from args.lr along half a cosine, which would
-        # reach 0 two epochs after the last one (this offset: CoOp's code).
+        # Epoch 0 warms up at 1e-5. Then the rate falls from args.lr along half a cosine, which
+        # would reach 0 two epochs after the last one (this offset: CoOp's code).
         decay = (1 + math.cos(math.pi * (epoch - 1) / epochs)) / 2
         lr = 1e-5 if epoch == 0 else args.lr * decay
         for group in optimizer.param_groups:

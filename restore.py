@@ -242,8 +242,8 @@ def train(prompt, run):
     views = list(range(args.views)) or [0]
     image_0 = image_states(prompt, run, [], views, args.cache if args.views else None)
     for epoch in common.progress(range(epochs), desc="training", unit="epoch"):
-        # Epoch 0 warms up at 1e-5. Then the rate falls from args.lr along half a cosine, which would
-        # reach 0 two epochs after the last one (this offset: CoOp's code).
+        # Epoch 0 warms up at 1e-5. Then the rate falls from args.lr along half a cosine, which
+        # would reach 0 two epochs after the last one (this offset: CoOp's code).
         decay = (1 + math.cos(math.pi * (epoch - 1) / epochs)) / 2
         optimizer.param_groups[0]["lr"] = lr = 1e-5 if epoch == 0 else args.lr * decay
         if epoch and not args.views:                                        # fresh crops
