@@ -2,9 +2,9 @@
 
 Zhu, Niu, Han, Wu, Zhang: "Prompt-aligned Gradient for Prompt Tuning", ICCV 2023, arXiv 2205.14865.
 
-CoOp overfits its training images, and falls below zero-shot CLIP on other classes. ProGrad takes
-out of each gradient what would move the predictions on these images away from zero-shot CLIP's. As
-all classes share the context, this should protect the other classes, too. CLIP is frozen.
+CoOp learns a context v with L alone, overfits, and falls below zero-shot CLIP on other classes.
+ProGrad takes out of each gradient what moves predictions on the training images away from zero-shot
+CLIP's. As all classes share v, this should protect the other classes, too. CLIP is frozen.
 
     w_c    = g([start] v_1 ... v_M [name of c] "." [end])      class feature of class c
     p(c|x) = softmax_c(tau * f(x) . w_c)                        CLIP's classifier
@@ -18,8 +18,8 @@ all classes share the context, this should protect the other classes, too. CLIP 
     g      the frozen text encoder, read at the end token and normalized                    (D,)
     v      the learned context: M vectors of the text encoder's width W                     (M, W)
     tau    CLIP's learned inverse temperature, 100 in OpenAI's models (clip.logit_scale below)
-    p_zs   zero-shot CLIP's p, with ProGrad's template (zero-shot accuracies: the data set's own). v
-           starts as zeros and the words before the name; what is left over stays there, frozen
+    p_zs   zero-shot CLIP's p, by ProGrad's template (accuracies printed: by the data set's own). v
+           starts as zeros, then the former's words up to the name (authors' code; initial_context)
 
 To first order a step -s G_d changes L_g by -s G_d . G_g: L_g rises in a conflict. There a step -s G
 with lambda = 1 leaves L_g as it is; but the momentum and weight decay that SGD adds may change it.
@@ -30,9 +30,9 @@ the first half of the classes, the base classes, and then classifies the images 
 the classes of that half. CoOp loses accuracy on the new half; ProGrad, MVP-MI and RESTORE (a script
 each) try to prevent that.
 
-Try: on the default data set, "shapes", a command takes seconds. Beside it: accuracies on base / new
-classes with --dataset embedded --seeds 1,2,3 added, means over its eleven small data sets.
-Zero-shot, the tiny CLIP used has 75.3 / 76.5.
+Try: these take seconds on the default data set, "shapes". The numbers, accuracies on base / new
+classes, are for --dataset embedded --seeds 1,2,3: means over its eleven small data sets. Zero-shot,
+the tiny CLIP used has 75.3 / 76.5.
     python prograd.py --base-to-new --shots 16                         80.8 / 75.0
     ... --projection 0                                  83.7 / 71.6, CoOp from ProGrad's start
 
@@ -81,9 +81,9 @@ class Prompt(torch.nn.Module):
 
 
 def initial_context(run):
-    """Return v before training (the words of --ctx-init or of the template before the name, zeros
-    in front) and left_over. The authors' code takes as many tokens as there are words, but a comma
-    is one, too: 8 of 9 in "a type of pet, a photo of a". The last is frozen, before the name."""
+    """Return v before training (zeros, then words of --ctx-init or of the template up to {}) and
+    left_over. The authors' code fills v with as many tokens as there are words. A comma is a token:
+    8 of 9 in "a type of pet, a photo of a" go to v; the ninth is frozen before the name."""
     per_class = [len(run.classes)] if run.args.class_specific else []   # a first dimension, or none
     text = run.args.ctx_init or run.data.prograd_template.split("{}")[0]
     words, left_over = common.embed(run.clip, text).tensor_split([len(text.split())])
