@@ -2,8 +2,9 @@
 
 Q. Zhang: "Generalizable Prompt Tuning for Vision-Language Models", 2024, arXiv 2410.03189. Only its
 abstract and summaries could be read, no equation, and there is no public code. (paper) marks what
-they say. From CoOp (coop.py), our choice: prompt, initial v, optimizer, schedule, and its loss, the
-first term of L over f(x). All else is our guess: equations, numbers, test, the name MVP-MI.
+they say. As in CoOp (coop.py), by our choice: prompt, v's start, optimizer, schedule, and
+cross-entropy on f(x), in L's first term. All else is our guess: equations, numbers, test, and the
+name, from multi-view prompts and mutual information.
 
 A learned prompt fits the training classes, a hand-crafted one serves all classes. The method treats
 them as two views of the text and maximizes their mutual information, so that the learned prompt
@@ -26,23 +27,23 @@ Mixup of image features widens what the prompt is trained on (paper). CLIP is fr
     tau    CLIP's learned inverse temperature, 100 in OpenAI's models (clip.logit_scale below)
     z      (D,). For each class in the batch, two are drawn. Each z mixes crops of two training
            images of that class, which may be the same; a is uniform in [0, 1]; y is the class
-    P, Q   (D, D), start as the identity; t starts at 0.07. SGD trains them, log t and v, of these
-           only v with weight decay, which would pull t to 1. After training only v is kept
+    P, Q   (D, D), start as the identity; t starts at 0.07. SGD trains v, P, Q and log t, decaying
+           only v: weight decay would pull t to 1. After training only v is kept
     lambda 1, and mu 1
 
 What is maximized? Draw a class c at random: w_c and h_c are then random vectors. Given w_c, a
 softmax guesses which h_k belongs to it, and the other way round; L_view is the mean cross-entropy
 of the two guesses. The information I(w; h) is the uncertainty about the partner, log C, less what
-w_c leaves of it; a cross-entropy is at least that. So log C - L_view is at most I(w; h) (van den
-Oord et al. 2018). The information itself is log C, its maximum, already before training, if no two
-classes share a feature. Training raises only the bound: as the critic sees them, each w_c comes
+w_c leaves of it; cross-entropy is at least that rest. So log C - L_view <= I(w; h) (van den Oord
+et al. 2018). The information itself is log C, its maximum, already before training, if no two
+classes have equal features. Training raises only the bound: as the critic sees them, each w_c comes
 nearer to its h_c than to the other h_k. L_img is -log p(y|z) with T as logits. Likewise log C -
-L_img is at most I(z; y), if classes are equally frequent. So the critic learns from images, too.
+L_img <= I(z; y), if classes are equally frequent. By sharing the critic we make it fit images, too.
 
 SGD trains on --shots images of each class. With --base-to-new it sees the first half of the
 classes, the base classes; then the test images of each half are classified among its classes.
 
-Test (ours): argmax_c f(x) . u_c. A trained class, known by label and name, as names may repeat, has
+Test (ours): argmax_c f(x) . u_c. A trained class (told by label and name, as names may repeat) has
 u_c = w_c. A new one, for which v was not trained, has the mean of w_c and h_c, normalized.
 --classifier soft: u = w for all; mean: the mean for all.
 
@@ -56,9 +57,9 @@ over eleven small data sets. The tiny CLIP used has 75.3 / 76.5 zero-shot, and C
     ... --classifier soft --image-weight 0                             84.9 / 73.9, no L_img
     ... --classifier soft --augment 0                                  84.4 / 72.4, no z, no L_img
     ... --classifier soft --critic cosine                              84.5 / 71.3, P, Q, t fixed
-With the mean of w and h, L_view adds nothing on new classes. With u = w every part helps there, but
-a fixed critic, in both L_view and L_img, is worse than no L_view (with 4 shots better, 76.0 over
-75.1); we do not know why.
+With the mean of w and h, L_view adds nothing on new classes. With u = w every part helps there. A
+fixed critic (in L_view and L_img) is worse there than no L_view; with 4 shots it is better, 76.0 to
+75.1. We do not know why.
 
 Ours, as in coop.py: ten random crops of each image are encoded once. f(x) is of one of them, drawn
 in each epoch; z takes any, drawn in each batch. --views 0: one crop, encoded anew in every epoch.
@@ -140,8 +141,8 @@ def info_nce(scores):
 def mixup(features, labels, y, count, rng):
     """Return z (m, D) and its labels (m,): `count` mixtures for every class in the labels y.
 
-    features, labels  of all training images, (N, V, D) and (N,)"""
-    y, labels, device = y.cpu(), labels.cpu(), features.device      # draw on the CPU, as v
+    features, labels  of all training images, (N, V crops, D) and (N,)"""
+    y, labels, device = y.cpu(), labels.cpu(), features.device      # drawn alike on all devices
     y_mix = y.unique().repeat_interleave(count)                             # (m,)
     same = (labels == y_mix[:, None]).float()                               # (m, N)
     rows = torch.multinomial(same, 2, replacement=True, generator=rng)      # (m, 2), of that class
@@ -210,7 +211,7 @@ def flags():
     parser.add_argument("--augment", type=common.whole, default=2,
                         metavar="K", help="mixed features per class and batch; 0: no z (2)")
     parser.add_argument("--classifier", choices=["seen", "soft", "mean"], default="seen",
-                        help="w (soft), mean of w and h (mean), or w for trained classes and the "
+                        help="soft: w; mean: mean of w and h; seen: w for trained classes and the "
                              "mean for new ones (seen)")
     return parser
 
