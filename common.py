@@ -73,19 +73,20 @@ def runs(script, parser, argv=None):
 
     script  the method's __file__
 
-    Skips runs that --out has already. Under torchrun every process takes its share. In a process of
-    several runs a user error ends one run or, while loading, all that are left on its data set;
+    Skips runs that --out has already. Under torchrun every process takes its share. If there are
+    several runs, a user error ends one run or, while loading, all that are left on its data set;
     the others go on, and the end names what failed. An error in the script's loop does not reach
     this generator: hence `with run.errors` there."""
-    args = parse(parser, argv)
+    args, torchrun = parse(parser, argv), "RANK" in os.environ
     jobs = list(itertools.product(args.dataset, args.shots, args.seeds))
     mine, done, failed = share(jobs), [], []
+    several = torchrun or len(mine) > 1
     for dataset, group in itertools.groupby(mine, key=lambda job: job[0]):
-        with note_failure(dataset, failed, len(mine) > 1):
+        with note_failure(dataset, failed, several):
             for run in runs_on(dataset, list(group), script, settle(args, parser, dataset)):
                 if len(mine) > 1:
                     run.title += f", run {mine.index(run.job) + 1} of {len(mine)}"
-                run.errors = note_failure(run.title, failed, len(mine) > 1)
+                run.errors = note_failure(run.title, failed, several)
                 if record := records.find(run):
                     report.show(run.title, record, f"already in {args.out}; --again repeats it")
                 else:
@@ -95,12 +96,15 @@ def runs(script, parser, argv=None):
                     done.append(run.id)
     report.show_means(args.out, done)
     if failed:
-        raise Problem(f"{len(failed)} failed: {'; '.join(failed)}")
+        summary = f"{len(failed)} failed: {'; '.join(failed)}"
+        if not torchrun:                # it would stop the other processes
+            raise Problem(summary)
+        print(summary, file=sys.stderr)
 
 
 @contextlib.contextmanager
 def note_failure(title, failed, several):
-    """If a process has several runs, note a user error in `failed` and go on."""
+    """If there are several runs, note a user error in `failed` and go on."""
     try:
         yield
     except Problem as problem:
@@ -152,15 +156,14 @@ def runs_on(dataset, jobs, script, args):
     identities = {some.name: records.data_identity(some) for some in sets}
     code = records.code_digest(script, *records.COMPUTING)
     most = max(Counter(item.label for item in data.train).values(), default=0)
+    for shots in sorted({shots for _, shots, _ in jobs if shots > most and not origin}):
+        print(f"{dataset}: no class has {shots} training images; using the {most} of the largest")
     for job in jobs:
         _, shots, seed = job
         if origin:
             sample, classes = [], [tuple(pair) for pair in origin["classes"]]
         else:
-            if shots > most:
-                print(f"{dataset}: no class has {shots} training images; using the {most} that the "
-                      "largest has")
-                shots = most
+            shots = min(shots, most)
             sample = add_contents(few_shot(data.train, shots, seed), args.cache)
             sample, classes = choose(data, sample, tested[0])       # all classes, or base
             known = {item.content for item in sample} & {item.content for item in data.test}

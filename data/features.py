@@ -1,9 +1,11 @@
 """Image files to pixels, the cache of image features, and safetensors files that appear whole."""
 
+import contextlib
 import functools
 import glob
 import io
 import os
+import stat
 import tempfile
 import time
 import zlib
@@ -28,8 +30,12 @@ SECONDS = 3     # of work that a killed run loses at most
 
 def image_status(path):
     """Return os.stat of an image. Raises Problem if it is missing or no plain file."""
+    with contextlib.suppress(OSError, ValueError):
+        status = os.stat(path)
+        if stat.S_ISREG(status.st_mode):
+            return status
     try:
-        return plain_file(path).stat()
+        plain_file(path)
     except Problem as problem:
         raise Problem(f"missing image {problem}") from None
 

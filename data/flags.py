@@ -110,9 +110,9 @@ def take_from(args, origin):
     if "backbone" not in args.typed:
         free |= {"backbone": origin["backbone"], "pretrained": origin["pretrained"]}
     for name in records.OF_A_TEST:
-        trained.pop(name)
+        trained.pop(name, None)
     if args.typed.get("dataset", free["dataset"]) == free["dataset"]:   # others have their own
-        free["template"] = origin["flags"]["template"]
+        free["template"] = origin["flags"].get("template")
     for name, value in trained.items():
         if args.typed.get(name, value) != value:
             raise Problem(f"--load {args.load}: was not trained with --{name.replace('_', '-')} "

@@ -143,11 +143,9 @@ def check_template(text):
 
 
 def check_text(name):
-    """Return a name from the file system. Raises Problem if it is no text."""
-    try:
-        name.encode()
-    except UnicodeEncodeError:
-        raise Problem(f"{name!a} is no text in UTF-8: rename that folder") from None
+    """Return a name from the file system. Raises Problem if it is no text, or holds controls."""
+    if not name.isprintable():
+        raise Problem(f"{name!a} cannot be printed: rename that folder")
     return name
 
 

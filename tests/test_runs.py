@@ -167,6 +167,14 @@ def test_a_data_set_or_a_run_that_fails_does_not_end_the_others(cli, tmp_path, m
     assert "over 2 seeds" in run.out
 
 
+def test_a_failure_does_not_stop_the_other_processes_of_torchrun(cli, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")         # torchrun stops all of them at a status other than 0
+    make_images(tmp_path / "mine/only_class", 3)
+    run = cli("coop", *QUICK, dataset=f"{tmp_path}/mine,forms", backbone=TINY)
+    assert run.status == 0 and "1 failed" in run.err and not run.records
+
+
 def test_more_shots_than_images_are_recorded_as_those_that_were_used(cli):
     run = cli("coop", "--epochs", 1, "--views", 1, "--shots", "20,1000")
     assert [record["shots"] for record in run.records] == [20] and "using the 20" in run.out

@@ -158,11 +158,14 @@ def test_two_templates_are_two_zero_shot_rows_but_a_target_of_transfer_has_its_o
         "zero-shot", "coop --template 'a {}.'"]
 
 
-def test_suites_and_folders(printed):
-    names = "dtd", "/u/birds", "/v/birds", "/x/shapes", "/x/cats", "shapes"
+def test_a_folder_of_ones_own_has_a_table_of_its_own(printed):
+    names = "dtd", "/u/birds", "/v/birds", "/x/shapes", "/x/cats to dogs", "shapes"
     tables, _ = printed([record(dataset=name) for name in names], "--all")
-    wanted = "dtd", "/u/birds", "/v/birds", "/x/shapes", "cats", "shapes"
+    wanted = "dtd", "/u/birds", "/v/birds", "/x/shapes", "cats to dogs", "shapes"
     assert set(tables) == {f"{name}, tiny_clip, few-shot" for name in wanted}
+    to = {"shapes": {"zero_shot": 40.0, "accuracy": 50.0, "data": "shapes"}}
+    tables, _ = printed([record(dataset="/x/s", transfer=to)])
+    assert f"s to other data sets, {TRANSFER}" in tables
 
 
 # ---------------------------------------------------------------- averages
@@ -234,6 +237,8 @@ def test_differences_of_averages_and_on_how_many_data_sets(printed):
     assert rows["prograd"][:2] == ["+0.0 ± 0.0 (0 of 2)", "+3.5 ± 0.7 (1 of 2)"]
     with pytest.raises(Problem, match="there are zero-shot, coop, prograd"):
         printed(found, "--against", "CoOp")
+    assert "(no run in common with prograd)" in printed(
+        [record(), record("prograd", seed=2)], "--against", "coop")[1]
 
 
 def test_classes_are_averaged_over_seeds_worst_first_and_shots_kept_apart(printed):

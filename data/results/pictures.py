@@ -30,7 +30,7 @@ def draw(cells, folder, classes):
         raise Problem("--plot needs matplotlib: pip install matplotlib") from None
     questions = [confusion_matrix] if classes else [
         accuracy_over_shots, base_against_new, change_by_data_set, over_training, gap_against_gain]
-    drawn, cells = set(), [c for c in cells if " to " not in c.table.suite]
+    drawn, cells = set(), [c for c in cells if not c.table.transfer]
     for name, about, some, means in confusions(cells) if classes else views(cells):
         for question in questions:
             figure = Figure(figsize=(6.4, 4.3), dpi=130, layout="constrained")

@@ -193,7 +193,7 @@ def find(run):
     if args.again or args.save or args.export or args.predict:
         return None
     wanted = {part.name: run.identities[part.name] for part in run.parts if part.transfer}
-    for record in read(args.out)[0]:
+    for record in reversed(read(args.out)[0]):
         found = {name: target["data"] for name, target in record["transfer"].items()}
         if record["run"] == run.id and wanted.items() <= found.items():
             return record
@@ -204,7 +204,9 @@ def is_record(record):
     """Whether a JSON value has the fields of a record."""
     return (isinstance(record, dict) and record.get("protocol") in SCORES
             and all(type(record.get(name)) is kind for name, kind in FIELDS.items())
-            and all(type(record.get(name)) is float for name in SCORES[record["protocol"]]))
+            and all(type(record.get(name)) is float for name in SCORES[record["protocol"]])
+            and all(isinstance(target, dict) and {"zero_shot", "accuracy", "data"} <= target.keys()
+                    for target in record["transfer"].values()))
 
 
 def check_output(file, kind):

@@ -20,7 +20,7 @@ SETS = HERE.parent / "sets"
 COLUMNS = ["base", "new", "H", "KL base", "KL new", "shift gap"]    # few-shot: "4 shots", ...
 OTHER_UNITS = COLUMNS[3:]                                           # the others are percentages
 # suite "embedded data sets", about "tiny_clip, base-to-new", shots "4 shots" ("" for few-shot)
-Table = namedtuple("Table", "suite about shots")
+Table = namedtuple("Table", "suite about shots transfer", defaults=[False])
 # seed None: zero-shot CLIP; data: zero-shot CLIP's row here and at the source, digest of the data
 Cell = namedtuple("Cell", "table row column dataset shots seed value data record remark")
 
@@ -123,7 +123,7 @@ def measure(r, about):
     if r["protocol"] == "few-shot":
         table, scores = table._replace(shots=""), {shots: (r["accuracy"], r["zero_shot"])}
     else:
-        kl, shift = r.get("kl", {}), r.get("shift_after", {})
+        kl, shift = r.get("kl") or {}, r.get("shift_after") or {}
         scores = {"base": (r["base"], r["zero_shot_base"]), "new": (r["new"], r["zero_shot_new"]),
                   "H": (r["harmonic"], r["zero_shot_harmonic"]), "KL base": (kl.get("base"), None),
                   "KL new": (kl.get("new"), None), "shift gap": (shift.get("gap"), None)}
@@ -132,9 +132,10 @@ def measure(r, about):
     yield table, r["dataset"], (own, own, r["data"]), scores
     flags.pop("template", None)                     # a target has its own template
     for target, row in r["transfer"].items():
-        kind = "shifted versions" if target.startswith(r["dataset"]) else "other data sets"
+        shifted = {target, r["dataset"]} <= {*NAMES} and target.startswith(r["dataset"])
+        kind = "shifted versions" if shifted else "other data sets"
         data = name_row("zero-shot", flags), own, row["data"] + r["data"]
-        yield (Table(f"{r['dataset']} to {kind}", about, shots), target, data,
+        yield (Table(f"{r['dataset']} to {kind}", about, shots, True), target, data,
                {"accuracy": (row["accuracy"], row["zero_shot"])})
 
 
@@ -189,7 +190,7 @@ def arrange(cells):
     order = {name: k for k, name in enumerate([*COLUMNS, *NAMES])}
 
     def place(c):
-        return (-newest[c.table[:2]], " to " in c.table.suite, c.table[:2],
+        return (-newest[c.table[:2]], c.table.transfer, c.table[:2],
                 c.shots if c.table.shots else 0, c.seed is not None, c.row, c.shots,
                 order.get(c.column, 0), order.get(c.dataset, 99), c.dataset)
     return sorted(cells, key=place)
@@ -265,11 +266,13 @@ def compare(cells, other):
 def list_tables(cells, notes, args):
     """Yield averages, transfer, single data sets (with --all all), or differences to --against."""
     for (table,), some in group(cells, "table").items():
-        transfer = " to " in table.suite
-        one = len({c.dataset for c in some}) == 1 and not transfer
+        one = len({c.dataset for c in some}) == 1 and not table.transfer
         title = name_table(table._replace(suite=some[0].dataset) if one else table)
         if args.against:
             above = compare(some, args.against)
+            alone = {c.row for c in some} - {c.row for c in above} - {args.against}
+            if alone:
+                notes.setdefault(table, []).append(f"no run in common with {listed(sorted(alone))}")
             if above:
                 yield table, f"{title}, above {args.against}", pivot(above, sign="+")
             continue
@@ -277,11 +280,11 @@ def list_tables(cells, notes, args):
         notes[table] = reasons + notes.get(table, [])
         if one:
             yield table, title, pivot(some)
-        elif means and not transfer:
+        elif means and not table.transfer:
             counts = " or ".join(map(str, sorted({len(sets) for sets in over.values()})))
             yield table, f"average over {counts} {title}", pivot(means + published(some, over))
         for (column,), part in group(some + means, "column").items():
-            if transfer or not one and (args.all or not means):
+            if table.transfer or not one and (args.all or not means):
                 yield table, f"{title}, {column}", pivot(part, across="dataset")
 
 
@@ -322,7 +325,7 @@ def class_cells(cells):
 
 
 def name_table(table):
-    return ", ".join(part for part in table if part)
+    return ", ".join(part for part in table[:3] if part)
 
 
 def pivot(cells, down="row", across="column", sign=""):
