@@ -663,7 +663,7 @@ class Run:
         zero_shot, predicted = (z.argmax(-1) for z in logits)
         log_zs, log_p = (z.double().log_softmax(-1) for z in logits)
         kl = F.kl_div(log_p, log_zs, reduction="batchmean", log_target=True)
-        places = labels * len(part.classes) + predicted             # (N,)
+        places = (labels * len(part.classes) + predicted).cpu()     # (N,), counted on the CPU
         counts = torch.bincount(places, minlength=len(part.classes) ** 2)
         return {"zero_shot": percent(zero_shot == labels), "accuracy": percent(predicted == labels),
                 "kl": kl.item(), "counts": counts.view(len(part.classes), -1).tolist()}
