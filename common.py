@@ -97,7 +97,7 @@ def runs(script, parser, argv=None):
     report.show_means(args.out, done)
     if failed:
         summary = f"{len(failed)} failed: {'; '.join(failed)}"
-        if not torchrun:                # it would stop the other processes
+        if not torchrun:                # torchrun would stop all processes
             raise Problem(summary)
         print(summary, file=sys.stderr)
 
@@ -263,7 +263,7 @@ class Clip:
 @functools.cache
 def load_clip(backbone=f"local-dir:{TINY_CLIP}", pretrained="", device="cpu", precision="fp32",
               class_chunk=128, chosen=True):
-    """Return the Clip of --backbone and --pretrained. chosen: by a flag or --load.
+    """Return the Clip of --backbone and --pretrained. chosen: see weights.create.
 
     Raises Problem if there is no such model, no weights, or a text encoder that is not CLIP's."""
     torch.manual_seed(0)                                        # for --pretrained random
@@ -532,7 +532,7 @@ class Run:
     # ------------------------------------------------ before the training
 
     def start(self, prompt):
-        """Encode test images and templates. Then encode the sample's views, or load --load's.
+        """Encode test images and templates. Then encode the sample's views, or load a prompt.
 
         A method that changes the image encoder (its prompt has image_features) encodes the views
         itself. --views 0: one view, epoch 0's crop, not cached. Raises Problem: an image cannot be
@@ -566,7 +566,7 @@ class Run:
     def load(self, prompt):
         """Fill a prompt with the tensors of --load. Raises Problem if they do not fit."""
         file, tensors = self.args.load, features.read_whole(self.args.load, "--load")
-        for name, buffer in prompt.named_buffers(recurse=False):    # ProGrad's: any length fits
+        for name, buffer in prompt.named_buffers(recurse=False):    # ProGrad's left_over: any l
             if name in tensors and buffer.shape[1:] == tensors[name].shape[1:]:
                 setattr(prompt, name, tensors[name].to(buffer))
         found, wanted = ({name: (tuple(t.shape), t.dtype) for name, t in state.items()}
@@ -593,7 +593,7 @@ class Run:
         """Yield (f(x) (B, D), labels (B,)) of the epoch's batches."""
         if epoch and not self.args.views:               # --views 0: fresh crops
             self.features = self.encode_views([epoch], None)
-        # Rows and views of all batches, equal in size, go to the GPU at once: (batches, B).
+        # All rows and all views (equal batches) go to the GPU at once: (batches, B) each.
         plan = (torch.stack(column).to(self.clip.device) for column in zip(*self.plan(epoch)))
         for rows, views in zip(*plan):                  # (B,) each
             yield self.features[rows, views], self.labels[rows]
@@ -663,7 +663,7 @@ class Run:
         zero_shot, predicted = (z.argmax(-1) for z in logits)
         log_zs, log_p = (z.double().log_softmax(-1) for z in logits)
         kl = F.kl_div(log_p, log_zs, reduction="batchmean", log_target=True)
-        places = (labels * len(part.classes) + predicted).cpu()     # (N,), counted on the CPU
+        places = (labels * len(part.classes) + predicted).cpu()     # (N,)
         counts = torch.bincount(places, minlength=len(part.classes) ** 2)
         return {"zero_shot": percent(zero_shot == labels), "accuracy": percent(predicted == labels),
                 "kl": kl.item(), "counts": counts.view(len(part.classes), -1).tolist()}

@@ -21,7 +21,7 @@ the first half of the classes, the base classes, and then classifies the images 
 the classes of that half. CoOp loses accuracy on the new half; ProGrad, MVP-MI and RESTORE (a script
 each) try to prevent that.
 
-Try: these take seconds on the default data set, "shapes". The numbers, accuracies on base / new
+Try: it takes seconds on the default data set, "shapes". The numbers, accuracies on base / new
 classes, are for --dataset embedded --seeds 1,2,3: means over its eleven small data sets. Zero-shot,
 the tiny CLIP used has 75.3 / 76.5.
     python coop.py --base-to-new --shots 16                            83.6 / 70.9
@@ -92,7 +92,7 @@ def train(prompt, run):
         # Shuffled mini-batches (32 images by default); an incomplete last one is dropped unless it
         # is the only one. Each image appears as one of its random crops (ten by default).
         for f, y in run.batches(epoch):                 # (B, D), (B,)
-            with clip.autocast():                       # bf16 on a GPU (see --precision)
+            with clip.autocast():                       # --precision amp: bf16 on GPUs
                 w = prompt(names)                       # (C, D)
             logits = clip.logit_scale * f @ w.T         # (B, C)
             loss = F.cross_entropy(logits, y)

@@ -3,7 +3,7 @@
 Q. Zhang: "Generalizable Prompt Tuning for Vision-Language Models", 2024, arXiv 2410.03189. Only its
 abstract and summaries could be read, no equation, and there is no public code. (paper) marks what
 they say. As in CoOp (coop.py), by our choice: prompt, v's start, optimizer, schedule, and
-cross-entropy on f(x), in L's first term. All else is our guess: equations, numbers, test, and the
+cross-entropy on images (not mixtures). All else is our guess: equations, numbers, test, and the
 name, from multi-view prompts and mutual information.
 
 A learned prompt fits the training classes, a hand-crafted one serves all classes. The method treats
@@ -28,7 +28,7 @@ Mixup of image features widens what the prompt is trained on (paper). CLIP is fr
     z      (D,). For each class in the batch, two are drawn. Each z mixes crops of two training
            images of that class, which may be the same; a is uniform in [0, 1]; y is the class
     P, Q   (D, D), start as the identity; t starts at 0.07. SGD trains v, P, Q and log t, decaying
-           only v: weight decay would pull t to 1. After training only v is kept
+           only v: decay would pull t to 1; cos ignores P's size. After training only v is kept
     lambda 1, and mu 1
 
 What is maximized? Draw a class c at random: w_c and h_c are then random vectors. Given w_c, a
@@ -38,7 +38,7 @@ w_c leaves of it; cross-entropy is at least that rest. So log C - L_view <= I(w;
 et al. 2018). The information itself is log C, its maximum, already before training, if no two
 classes have equal features. Training raises only the bound: as the critic sees them, each w_c comes
 nearer to its h_c than to the other h_k. L_img is -log p(y|z) with T as logits. Likewise log C -
-L_img <= I(z; y), if classes are equally frequent. By sharing the critic we make it fit images, too.
+L_img <= I(z; y), if classes are equally frequent. P and Q are shared, so they must fit images, too.
 
 SGD trains on --shots images of each class. With --base-to-new it sees the first half of the
 classes, the base classes; then the test images of each half are classified among its classes.
@@ -174,7 +174,7 @@ def train(prompt, run):
         # Shuffled mini-batches (32 images by default); an incomplete last one is dropped unless it
         # is the only one. Each image appears as one of its random crops (ten by default).
         for f, y in run.batches(epoch):                 # (B, D), (B,)
-            with clip.autocast():                       # bf16 on a GPU (see --precision)
+            with clip.autocast():                       # --precision amp: bf16 on GPUs
                 w = prompt(names)                       # (C, D)
             l_view, l_img = info_nce(critic(w, h)), 0
             bounds = {"bound": math.log(len(w)) - l_view}   # on I(w; h) and I(z; y), recorded

@@ -18,8 +18,8 @@ CLIP's. As all classes share v, this should protect the other classes, too. CLIP
     g      the frozen text encoder, read at the end token and normalized                    (D,)
     v      the learned context: M vectors of the text encoder's width W                     (M, W)
     tau    CLIP's learned inverse temperature, 100 in OpenAI's models (clip.logit_scale below)
-    p_zs   zero-shot CLIP's p, by ProGrad's template (accuracies printed: by the data set's own). v
-           starts as zeros, then the former's words up to the name (authors' code; initial_context)
+    p_zs   zero-shot CLIP's p, by ProGrad's template (zero-shot accuracies: by the data set's).
+           v at first: zeros, then ProGrad's template up to {} (authors' code; initial_context)
 
 To first order a step -s G_d changes L_g by -s G_d . G_g: L_g rises in a conflict. There a step -s G
 with lambda = 1 leaves L_g as it is; but the momentum and weight decay that SGD adds may change it.
@@ -30,7 +30,7 @@ the first half of the classes, the base classes, and then classifies the images 
 the classes of that half. CoOp loses accuracy on the new half; ProGrad, MVP-MI and RESTORE (a script
 each) try to prevent that.
 
-Try: these take seconds on the default data set, "shapes". The numbers, accuracies on base / new
+Try: it takes seconds on the default data set, "shapes". The numbers, accuracies on base / new
 classes, are for --dataset embedded --seeds 1,2,3: means over its eleven small data sets. Zero-shot,
 the tiny CLIP used has 75.3 / 76.5.
     python prograd.py --base-to-new --shots 16                         80.8 / 75.0
@@ -81,9 +81,9 @@ class Prompt(torch.nn.Module):
 
 
 def initial_context(run):
-    """Return v before training (zeros, then words of --ctx-init or of the template up to {}) and
-    left_over. The authors' code fills v with as many tokens as there are words. A comma is a token:
-    8 of 9 in "a type of pet, a photo of a" go to v; the ninth is frozen before the name."""
+    """Return v before training (zeros, then words of --ctx-init or of the template up to {}), and
+    left_over, frozen before the name. The authors' code fills v with one token per word, but a
+    comma is a token, too: of 9 in "a type of pet, a photo of a" the last is left over."""
     per_class = [len(run.classes)] if run.args.class_specific else []   # a first dimension, or none
     text = run.args.ctx_init or run.data.prograd_template.split("{}")[0]
     words, left_over = common.embed(run.clip, text).tensor_split([len(text.split())])
@@ -112,7 +112,7 @@ def train(prompt, run):
         # Shuffled mini-batches (32 images by default); an incomplete last one is dropped unless it
         # is the only one. Each image appears as one of its random crops (ten by default).
         for f, y in run.batches(epoch):                 # (B, D), (B,)
-            with clip.autocast():                       # bf16 on a GPU (see --precision)
+            with clip.autocast():                       # --precision amp: bf16 on GPUs
                 w = prompt(names)                       # (C, D)
             logits = clip.logit_scale * f @ w.T         # (B, C)
             loss = F.cross_entropy(logits, y)

@@ -34,7 +34,7 @@ The loss, for a batch of images x with labels y, among C classes:
             (ours), so that A(z) = z in the beginning
     b       0.1, not trained. Once, after epoch E // 3 of 0 ... E-1: b_t += 0.02 * mean shift^text
             and b_i += 0.005 * mean shift^image, over blocks and that epoch. More shift, more
-            surgery, but barely. b is the authors' code's, which takes prompts' norms as shifts
+            surgery, but barely. (all: authors' code, but its shifts are norms of the prompts)
     tau     CLIP's learned inverse temperature, 100 in OpenAI's models (clip.logit_scale below)
     gamma   10 (ours)
 
@@ -46,7 +46,7 @@ Test: argmax_c f(x) . w_c, with the same prompts and surgery for trained and new
 
 Try: on the default data set, "shapes", a command takes a minute. The numbers beside it come from
 longer runs, with --dataset embedded --seeds 1,2,3 added: accuracies on base / new classes, means
-over these eleven sets, which this repository draws, and the gap, the mean over blocks of
+over its eleven sets, which this repository draws, and the gap, the mean over blocks of
 |shift_l^image - shift_l^text| after training. The tiny CLIP used has 75.3 / 76.5 zero-shot, and
 CoOp, which learns prompts for the text's input only, 83.6 / 70.9. L_fs closes the gap and helps;
 the surgery changes at most 0.2 here.
@@ -57,7 +57,7 @@ the surgery changes at most 0.2 here.
 
 The released code differs from the paper: its L_fs compares norms of the prompts, not features, and
 it makes Q_l from P_l (class Released, below). SGD, schedule and dropping the incomplete batch are
-CoOp's; 10 epochs, batches of 4 and lr 0.0035 the authors' (0.0005 on the embedded data, ours).
+CoOp's; 10 epochs, batches of 4 and lr 0.0035 the authors' (0.0005 on shapes, embedded: ours).
 Ours: each epoch draws one of ten fixed random crops of each image; with --views 0, a fresh one.
 """
 
@@ -105,7 +105,7 @@ class Prompt(torch.nn.Module):
         Q = [0.02 * torch.randn(n, width_i) for _ in range(K)]
         self.P = torch.nn.ParameterList(P if args.towers != "vision" else [])
         self.Q = torch.nn.ParameterList(Q if args.towers != "text" else [])
-        # Without prompts an encoder gets no surgery (ours), and L_fs would hold the other still.
+        # No prompts: no surgery (ours), and shift 0, to which L_fs pulls the other encoder's.
         b_t, b_i = torch.tensor(args.blend).expand(2).tolist()      # --blend has one number, or two
         self.text_surgery = Surgery(visual.output_dim, b_t if len(self.P) else 0.0)
         self.image_surgery = Surgery(visual.output_dim, b_i if len(self.Q) else 0.0)
@@ -221,7 +221,7 @@ def text_states(prompt, run, prompts):
 
 
 def measure(prompt, run):
-    """Return both encoders' shifts by block, and their mean gap, the diagnostic of the paper.
+    """Return both encoders' shifts by block (diagnostic: the paper's), and their mean gap.
 
     On the training images without augmentation."""
     shift_t = feature_shift(text_states(prompt, run, prompt.P), text_states(prompt, run, []))
@@ -251,7 +251,7 @@ def train(prompt, run):
         # Shuffled mini-batches (4 images by default); an incomplete last one is dropped unless it
         # is the only one. Each image appears as one of its random crops (ten by default).
         for pixels, y, rows, crops in run.pixel_batches(epoch):     # (B, 3, H, W), (B,) three times
-            with clip.autocast():                           # bf16 on a GPU (see --precision)
+            with clip.autocast():                           # --precision amp: bf16 on GPUs
                 t, s_t = prompt.encode_text(names, prompt.P)                # (C, D), states
                 i, s_i = prompt.encode_image(pixels, prompt.image_prompts())    # (B, D), states
                 w, f = prompt.text_surgery(t), prompt.image_surgery(i)
