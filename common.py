@@ -25,7 +25,7 @@ encoder, but of the image in (n, 3, H, W). D the dimension of the features.
 import sys
 
 from data.errors import (       # noqa: F401  most are for the scripts
-    Problem, count, nonnegative, one_line_errors, positive, whole, words)
+    Problem, count, nonnegative, nonnegatives, one_line_errors, positive, whole, words)
 
 if __name__ == "__main__":      # python common.py: tables of recorded runs, without importing torch
     from data.results import tables
@@ -77,10 +77,9 @@ def runs(script, parser, argv=None):
     several runs, a user error ends one run or, while loading, all that are left on its data set;
     the others go on, and the end names what failed. An error in the script's loop does not reach
     this generator: hence `with run.errors` there."""
-    args, torchrun = parse(parser, argv), "RANK" in os.environ
+    args = parse(parser, argv)
     jobs = list(itertools.product(args.dataset, args.shots, args.seeds))
-    mine, done, failed = share(jobs), [], []
-    several = torchrun or len(mine) > 1
+    mine, done, failed, several = share(jobs), [], [], len(jobs) > 1
     for dataset, group in itertools.groupby(mine, key=lambda job: job[0]):
         with note_failure(dataset, failed, several):
             for run in runs_on(dataset, list(group), script, settle(args, parser, dataset)):
@@ -97,7 +96,7 @@ def runs(script, parser, argv=None):
     report.show_means(args.out, done)
     if failed:
         summary = f"{len(failed)} failed: {'; '.join(failed)}"
-        if not torchrun:                # torchrun would stop all processes
+        if mine == jobs:                # else torchrun would stop the other processes
             raise Problem(summary)
         print(summary, file=sys.stderr)
 

@@ -23,20 +23,21 @@ The loss, for a batch of images x with labels y, among C classes:
     A(z)    = z + down(QuickGELU(up(LN(z))))                surgery block, one per encoder
     w_c     = b_t A(t_c) + (1 - b_t) t_c, normalized        class feature
     f(x)    = b_i A(i(x)) + (1 - b_i) i(x), normalized      image feature
-    L       = mean over the batch of -log softmax_c(tau * f(x) . w_c)_y, + gamma L_fs
+    p(c|x)  = softmax_c(tau * f(x) . w_c)                   CLIP's classifier
+    L       = mean over the batch of -log p(y|x), + gamma L_fs
 
-    P, Q    n = 2 vectors of the encoders' widths W_t, W_i; K = 9 blocks, or fewer if an encoder has
-            fewer; P_1 starts as the first n words, the others as noise (all: authors' code)
-    s_l     state of the end token or class token after block l, also beyond K; s_l^0 without
-            prompts, of the same text or crop. Of a deeper encoder only the last blocks are
-            compared, as many as the other has. The relative norm is ours
-    A       a feed-forward adapter (paper) of this form (authors' code). `down` starts at zero
-            (ours), so that A(z) = z in the beginning
-    b       0.1, not trained. Once, after epoch E // 3 of 0 ... E-1: b_t += 0.02 * mean shift^text
-            and b_i += 0.005 * mean shift^image, over blocks and that epoch. More shift, more
-            surgery, but barely. (all: authors' code, but its shifts are norms of the prompts)
-    tau     CLIP's learned inverse temperature, 100 in OpenAI's models (clip.logit_scale below)
-    gamma   10 (ours)
+    P, Q   n = 2 vectors of the encoders' widths W_t, W_i; K = 9 blocks, or fewer if an encoder has
+           fewer; P_1 starts as the first n words, the others as noise (all: authors' code)
+    s_l    state of the end token or class token after block l, also beyond K; s_l^0 without
+           prompts, of the same text or crop. Of a deeper encoder only the last blocks are
+           compared, as many as the other has. The relative norm is ours
+    A      a feed-forward adapter (paper) of this form (authors' code). `down` starts at zero
+           (ours), so that A(z) = z in the beginning
+    b      0.1, not trained. Once, after epoch E // 3 of 0 ... E-1: b_t += 0.02 * mean shift^text
+           and b_i += 0.005 * mean shift^image, over blocks and that epoch. More shift, more
+           surgery, but barely. (all: authors' code, but its shifts are norms of the prompts)
+    tau    CLIP's learned inverse temperature, 100 in OpenAI's models (clip.logit_scale below)
+    gamma  10 (ours)
 
 SGD trains P, Q and the surgery. L_fs compares how far the encoders move, not in which direction.
 Both may move far, if equally. Against this shortcut the paper has the surgery: the first term of L
@@ -44,16 +45,16 @@ trains it to correct the final features, by b (A(z) - z). A limits no shift.
 
 Test: argmax_c f(x) . w_c, with the same prompts and surgery for trained and new classes.
 
-Try: on the default data set, "shapes", a command takes a minute. The numbers beside it come from
-longer runs, with --dataset embedded --seeds 1,2,3 added: accuracies on base / new classes, means
-over its eleven sets, which this repository draws, and the gap, the mean over blocks of
-|shift_l^image - shift_l^text| after training. The tiny CLIP used has 75.3 / 76.5 zero-shot, and
-CoOp, which learns prompts for the text's input only, 83.6 / 70.9. L_fs closes the gap and helps;
-the surgery changes at most 0.2 here.
+Try: it takes a minute at most on the default data set, "shapes". The numbers, accuracies on base /
+new classes, are for --dataset embedded --seeds 1,2,3: means over its eleven small data sets.
+Zero-shot, the tiny CLIP used has 75.3 / 76.5.
+    python coop.py --base-to-new --shots 16                            83.6 / 70.9
     python restore.py --base-to-new --shots 16                         84.5 / 78.1   gap 0.03
     ... --blend 0                                                      84.5 / 78.3   gap 0.03
     ... --shift-weight 0                                               82.0 / 75.5   gap 0.31
     ... --shift-weight 0 --blend 0                                     82.0 / 75.3   gap 0.32
+The gap is the mean over blocks of |shift_l^image - shift_l^text| after training. L_fs closes it and
+helps; the surgery changes at most 0.2 here.
 
 The released code differs from the paper: its L_fs compares norms of the prompts, not features, and
 it makes Q_l from P_l (class Released, below). SGD, schedule and dropping the incomplete batch are
@@ -106,7 +107,7 @@ class Prompt(torch.nn.Module):
         self.P = torch.nn.ParameterList(P if args.towers != "vision" else [])
         self.Q = torch.nn.ParameterList(Q if args.towers != "text" else [])
         # No prompts: no surgery (ours), and shift 0, to which L_fs pulls the other encoder's.
-        b_t, b_i = torch.tensor(args.blend).expand(2).tolist()      # --blend has one number, or two
+        b_t, b_i = (args.blend * 2)[:2]                 # a list of one number, or of two
         self.text_surgery = Surgery(visual.output_dim, b_t if len(self.P) else 0.0)
         self.image_surgery = Surgery(visual.output_dim, b_i if len(self.Q) else 0.0)
         self.to(clip.device)
@@ -188,6 +189,8 @@ def check(clip, args):
     if getattr(visual, "pool_type", None) != "tok" or visual.attn_pool is not None:
         raise common.Problem("--backbone: RESTORE's prompts go into a vision transformer that is "
                              "read at its class token (try ViT-B-16)")
+    if len(args.blend) > 2:
+        raise common.Problem("--blend: wants one number, or the text's and the image's")
     words = len(common.tokenize(clip, args.ctx_init))
     if args.n_ctx > words and args.towers != "vision":
         raise common.Problem(f"--n-ctx {args.n_ctx}: the prompts replace words of --ctx-init, "
@@ -251,11 +254,11 @@ def train(prompt, run):
         # Shuffled mini-batches (4 images by default); an incomplete last one is dropped unless it
         # is the only one. Each image appears as one of its random crops (ten by default).
         for pixels, y, rows, crops in run.pixel_batches(epoch):     # (B, 3, H, W), (B,) three times
-            with clip.autocast():                           # --precision amp: bf16 on GPUs
+            with clip.autocast():                       # --precision amp: bf16 on GPUs
                 t, s_t = prompt.encode_text(names, prompt.P)                # (C, D), states
                 i, s_i = prompt.encode_image(pixels, prompt.image_prompts())    # (B, D), states
                 w, f = prompt.text_surgery(t), prompt.image_surgery(i)
-            logits = clip.logit_scale * f @ w.T                             # (B, C)
+            logits = clip.logit_scale * f @ w.T         # (B, C)
             shift_t = feature_shift(s_t, text_0)                            # (blocks_t,)
             shift_i = feature_shift(s_i, image_0[rows, crops].to(s_i.device))
             l_fs = prompt.consistency(shift_t, shift_i)
@@ -310,14 +313,6 @@ class Released(Prompt):
         super().raise_blends(*(self.gram_norms() if self.gram else (shift_t, shift_i)))
 
 
-def blends(text):
-    """An argparse type: one blend for both encoders, or the text's and the image's."""
-    both = [common.nonnegative(part) for part in text.split(",")]
-    if len(both) > 2:
-        raise common.Problem(f"--blend {text}: wants one number, or the text's and the image's")
-    return both if len(both) == 2 else both[0]
-
-
 def flags():
     """Return the parser of this script's flags."""
     parser = common.flags(__doc__, lr=0.0035, batch_size=4, n_ctx=2, embedded_lr=0.0005)
@@ -333,7 +328,7 @@ def flags():
                         help="measured on features, or the released code's stand-in (features)")
     parser.add_argument("--shift-weight", type=common.nonnegative, default=10.0,
                         metavar="GAMMA", help="of the consistency loss; 0: off (10)")
-    parser.add_argument("--blend", type=blends, default=0.1, metavar="B[,B]",
+    parser.add_argument("--blend", type=common.nonnegatives, default=[0.1], metavar="B[,B]",
                         help="of the surgery at the start, or text's,image's; 0: none (0.1)")
     return parser
 

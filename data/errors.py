@@ -106,6 +106,10 @@ def wholes(text):
     return [whole(part) for part in text.split(",")]
 
 
+def nonnegatives(text):
+    return [nonnegative(part) for part in text.split(",")]
+
+
 def nonempty(value):
     """An argparse type: a text that is not empty."""
     if not value.strip():

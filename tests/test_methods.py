@@ -108,7 +108,7 @@ DEFAULTS = {
                "critic": "learned", "augment": 2, "classifier": "seen"},
     "restore": {**SHARED, "lr": 0.0035, "batch_size": 4, "n_ctx": 2, "ctx_init": "a photo of a",
                 "depth": 9, "prompts": "independent", "towers": "both", "shift": "features",
-                "shift_weight": 10.0, "blend": 0.1},
+                "shift_weight": 10.0, "blend": [0.1]},
 }
 
 

@@ -188,7 +188,7 @@ def read(file):
 def find(run):
     """Return the record of a run in --out, with all targets of --transfer on the same images.
 
-    None if there is none, or if the run is to be made in any case, as a file is asked of it."""
+    None if there is none, or if the run is to be made in any case: --again, or for a file."""
     args = run.args
     if args.again or args.save or args.export or args.predict:
         return None
