@@ -313,15 +313,15 @@ def encode_images(clip, data, items, cache=None, views=None, encode=None, kind="
     size = 128 if clip.device == "cuda" else 8
     code = records.code_digest(features.__file__), inspect.getsource(Clip)  # they make f(x)
     key = clip.image_key, str(clip.dtype), kind, data.own, str(transform), code
-    with features.Store(cache, key, names) as store:
-        todo = [sources[name] for name in store.missing]
-        batches = features.load_pixels(todo, transform, size, clip.device, data.own)
-        for images in progress(batches, desc="encoding images", unit=" images", delay=0.5,
-                               total=math.ceil(len(todo) / size), unit_scale=size):
-            n = len(images)
-            images = F.pad(images, (0, 0) * 3 + (0, size - n))              # (size, 3, H, W)
-            store.add(encode(clip.pixels(images))[:n].float())              # (n, ...)
-    found = store.rows()        # not before: the end of `with` adds the last rows
+    store = features.Store(cache, key, names)
+    todo = [sources[name] for name in store.missing]
+    batches = features.load_pixels(todo, transform, size, clip.device, data.own)
+    for images in progress(batches, desc="encoding images", unit=" images", delay=0.5,
+                           total=math.ceil(len(todo) / size), unit_scale=size):
+        n = len(images)
+        images = F.pad(images, (0, 0) * 3 + (0, size - n))                  # (size, 3, H, W)
+        store.add(encode(clip.pixels(images))[:n].float())                  # (n, ...)
+    found = store.rows()
     return found.unflatten(0, (len(paths), -1)) if views else found
 
 

@@ -110,13 +110,6 @@ def nonnegatives(text):
     return [nonnegative(part) for part in text.split(",")]
 
 
-def nonempty(value):
-    """An argparse type: a text that is not empty."""
-    if not value.strip():
-        raise argparse.ArgumentTypeError("is empty")
-    return value
-
-
 def words(value):
     """An argparse type: the words of a context, which may also be written a_photo_of_a."""
     found = " ".join(value.replace("_", " ").split())

@@ -178,7 +178,8 @@ def digest_files(paths, folder):
                           ) from None
 
     files = dict(zip(states, paths))
-    with Store(folder, "contents of images", states) as store, ThreadPoolExecutor(8) as pool:
+    store = Store(folder, "contents of images", states)
+    with ThreadPoolExecutor(8) as pool:
         for content in pool.map(read, store.missing):
             store.add(torch.tensor([[*content]], dtype=torch.uint8))
     return [bytes(row) for row in store.rows().numpy()]
@@ -196,7 +197,7 @@ class Store:
     folder  None: nothing is kept or found
     key     everything that the rows depend on except their names; anything that repr shows whole
     names   of the rows that are wanted; `missing` are those that have to be added, in this order
-    `with Store(...) as store` writes the rows that are waiting also when an exception passes."""
+    `rows` writes those that are still waiting; an exception before it loses SECONDS of work."""
 
     def __init__(self, folder, key, names):
         self.folder = Path(folder) / digest(key) if folder else None
@@ -205,12 +206,6 @@ class Store:
         self.missing = [name for name in dict.fromkeys(names) if name not in self.found]
         self.todo = iter(self.missing)
         self.due = time.monotonic() + SECONDS
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *error):
-        self.write()
 
     def find(self, wanted):
         """Read the rows that are kept, wanted {digest: name}. Damaged pieces are deleted."""
@@ -256,7 +251,8 @@ class Store:
         self.due = time.monotonic() + SECONDS
 
     def rows(self):
-        """Return the rows of all names, in their order, (N, ...)."""
+        """Return the rows of all names, in their order, (N, ...); write those that are waiting."""
+        self.write()
         rows = [self.found[name] for name in self.names]
         return torch.stack(rows) if rows else torch.empty(0)
 

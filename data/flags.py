@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from data.errors import Parser, Problem, count, counts, nonempty, positive, whole, wholes
+from data.errors import Parser, Problem, count, counts, positive, whole, wholes
 from data.features import read_whole, tensor_digest
 from data.load import check_template, dataset_names, is_embedded, listed
 from data.results import records
@@ -30,7 +30,7 @@ def flags(doc, lr, batch_size, n_ctx, embedded_lr=None):
     add = p.add_argument_group("data and CLIP").add_argument
     add("--dataset", type=dataset_names, metavar="NAME,...",
         help="data sets, folders of class folders, or all of 'embedded' or 'papers' (shapes)")
-    add("--data-root", type=nonempty, default=str(SETS), metavar="DIR",
+    add("--data-root", default=str(SETS), metavar="DIR",
         help="where data sets are, laid out as CoOp's users have them (data/sets)")
     add("--template", type=check_template, metavar="TEXT",
         help="hand-crafted prompt, {} for the class name; several, separated by |, are averaged")
@@ -38,9 +38,9 @@ def flags(doc, lr, batch_size, n_ctx, embedded_lr=None):
         help="test on a random sample of N images, equally many of each class (all)")
     add("--validation", action="store_true",
         help="test on the validation images instead: to choose settings")
-    add("--backbone", type=nonempty, metavar="NAME",
+    add("--backbone", metavar="NAME",
         help="open_clip's, local-dir:PATH or tiny_clip (embedded data: tiny_clip; else ViT-B-16)")
-    add("--pretrained", type=nonempty, metavar="TAG",
+    add("--pretrained", metavar="TAG",
         help="the weights: an open_clip tag, a file, or 'random' (openai)")
     add("--device", choices=["cpu", "cuda"], help="(embedded data: cpu; else cuda if there is one)")
     add("--precision", choices=["fp32", "amp"],
@@ -67,18 +67,18 @@ def flags(doc, lr, batch_size, n_ctx, embedded_lr=None):
         help="train on the first half of the classes, test each half among its own classes")
     add("--transfer", type=dataset_names, default=[], metavar="NAME,...",
         help="other data sets to test the prompt on")
-    add("--load", type=nonempty, metavar="FILE",
+    add("--load", metavar="FILE",
         help="test this saved prompt, with its data set, template and CLIP, instead of training")
     add("--predict", nargs="+", default=[], metavar="IMAGE", help="images to name the class of")
 
     add = p.add_argument_group("output").add_argument
-    add("--out", type=nonempty, default="runs/results.jsonl", metavar="FILE",
+    add("--out", default="runs/results.jsonl", metavar="FILE",
         help="a line of results is added here for every run (runs/results.jsonl)")
     add("--again", action="store_true", help="repeat runs that --out has already")
-    add("--save", type=nonempty, metavar="FILE", help="save the prompt of a single run")
-    add("--export", type=nonempty, metavar="FILE",
+    add("--save", metavar="FILE", help="save the prompt of a single run")
+    add("--export", metavar="FILE",
         help="write the run, to repeat it in another framework (data/results/export.py)")
-    add("--cache", type=nonempty, metavar="DIR",
+    add("--cache", metavar="DIR",
         help="where image features are kept (DATA_ROOT/cache)")
     return p
 
@@ -150,6 +150,9 @@ def settle(args, parser, dataset):
 
 def check_flags(args):
     """Raise Problem where flags do not go together, or where a run could not write its results."""
+    for name, value in args.typed.items():
+        if isinstance(value, str) and not value.strip():
+            raise Problem(f"--{name.replace('_', '-')}: is empty")
     if set(args.transfer) & set(args.dataset):
         raise Problem("--transfer: names the data set that is learned")
     if getattr(args, "class_specific", False) and (args.base_to_new or args.transfer):
