@@ -415,8 +415,7 @@ def through_blocks(text, x, past):
 
 def text_feature(text, x):
     """Return text features (c, D), not normalized, of the end tokens' last states (c, W)."""
-    x, projection = text.ln_final(x), text.text_projection
-    return projection(x) if isinstance(projection, torch.nn.Linear) else x @ projection
+    return text.ln_final(x) @ text.text_projection
 
 
 def pad(prompts):

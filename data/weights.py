@@ -1,7 +1,6 @@
 """CLIP models: open_clip's names and tags, weights files of every kind, and their activation."""
 
 import difflib
-import hashlib
 import urllib.error
 import urllib.request
 import warnings
@@ -96,7 +95,7 @@ def read_weights(name, file, chosen):
     except Exception:       # whatever torch or safetensors raise
         raise Problem(f"--pretrained {file}: is no file of CLIP weights (TorchScript, safetensors, "
                       "or torch.save of tensors)") from None
-    quick = name.endswith("-quickgelu") or sha256(file) in openai_digests()
+    quick = name.endswith("-quickgelu")
     sibling = f"{name}-quickgelu"
     if not quick and sibling in open_clip.list_models():
         if not chosen:
@@ -110,17 +109,6 @@ def read_weights(name, file, chosen):
 def is_torchscript(file):
     return zipfile.is_zipfile(file) and any(
         name.endswith("constants.pkl") for name in zipfile.ZipFile(file).namelist())
-
-
-def sha256(file):
-    with open(file, "rb") as content:
-        return hashlib.file_digest(content, "sha256").hexdigest()
-
-
-def openai_digests():
-    """Return the SHA-256 of OpenAI's files: their addresses hold them."""
-    urls = (open_clip.get_pretrained_url(name, "openai") for name in open_clip.list_openai_models())
-    return {url.split("/")[-2] for url in urls if url}
 
 
 def check_network(spec, name, tag, seconds=4):

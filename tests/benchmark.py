@@ -11,8 +11,6 @@ memory    Peak memory of the process in training steps of CoOp with 100 and 1000
 encoding  Images per second: the bare image encoder in fp32, JPEG files in fp32, and JPEG files
           with --precision amp.
 together  Seconds of `python prograd.py` with a warm cache, alone and two at the same time.
-killed    Seconds of encoding 800 images, undisturbed and killed three times and begun again.
-          The features are the same to the bit.
 
 On a GPU, in the precision that is its default (bf16, or fp16 on older ones):
 
@@ -25,7 +23,6 @@ All weights are random except those of the tiny CLIP; images are noise.
 """
 
 import argparse
-import hashlib
 import importlib
 import json
 import os
@@ -43,7 +40,7 @@ from PIL import Image
 
 HERE = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(HERE), str(HERE / "tests")]
-from conftest import EUROSAT, make_images, make_run
+from conftest import make_images, make_run
 
 import common
 from data import features
@@ -235,74 +232,19 @@ def images():
                   f"{features.count_workers()} processes read")
 
 
-def eurosat_layout(folder, train, test):
-    """Write a EuroSAT of noise: `train` and `test` images of each of its 10 classes."""
-    split = {"train": [], "val": [], "test": []}
-    for label, name in enumerate(EUROSAT):
-        paths = make_images(Path(folder) / "eurosat/2750" / name, train + test)
-        for k, path in enumerate(paths):
-            split["train" if k < train else "test"].append([f"{name}/{path.name}", label, name])
-    (Path(folder) / "eurosat/split_zhou_EuroSAT.json").write_text(json.dumps(split))
-
-
-def encode(folder, cache):
-    """Encode the test images of a layout, and print a digest of the features."""
-    clip, data = load(), common.load_data("eurosat", folder)
-    print("ready", flush=True)
-    f = common.encode_images(clip, data, data.test, cache)
-    print(hashlib.sha256(f.numpy().tobytes()).hexdigest())
-
-
-def killed():
-    with tempfile.TemporaryDirectory() as folder:
-        eurosat_layout(folder, 1, 80)
-
-        def child(cache, most=None):
-            """Return the seconds until an encoding ended or was killed, and what it printed."""
-            command = [sys.executable, __file__, "--encode", folder, f"{folder}/{cache}"]
-            process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-            while "ready" not in process.stdout.readline():
-                pass
-            start, printed = time.perf_counter(), "killed"
-            try:
-                printed = process.communicate(timeout=most)[0]
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
-            return time.perf_counter() - start, printed
-
-        whole, features = child("whole")
-        parts = [child("parts", whole / 4) for _ in range(3)] + [child("parts")]
-        assert [printed for _, printed in parts] == ["killed"] * 3 + [features]
-        total = sum(seconds for seconds, _ in parts)
-        print(f"killed    undisturbed {whole:.0f} s, killed three times {total:.0f} s: "
-              f"{total / whole:.2f} times")
-
-
 # ---------------------------------------------------------------- whole commands
 
-def command(method, *flags):
-    """Start a script as a user would, without variables that limit its threads."""
-    threads = ("OMP_", "MKL_", "KMP_", "GOMP_", "OPENBLAS_", "TORCH_NUM", "RANK", "WORLD_SIZE")
-    env = {name: value for name, value in os.environ.items() if not name.startswith(threads)}
-    return subprocess.Popen([sys.executable, HERE / f"{method}.py", *map(str, flags)], env=env,
+def command(*flags):
+    """Start ProGrad as a user would."""
+    return subprocess.Popen([sys.executable, HERE / "prograd.py", *flags],
                             stdout=subprocess.DEVNULL)
-
-
-def seconds_of(method, *flags):
-    """Run a script; return the seconds of its run, and of the whole process."""
-    with tempfile.TemporaryDirectory() as folder:
-        start = time.perf_counter()
-        assert command(method, *flags, "--out", f"{folder}/r.jsonl").wait() == 0
-        wall = time.perf_counter() - start
-        return json.loads(Path(f"{folder}/r.jsonl").read_text())["seconds"], wall
 
 
 def together():
     with tempfile.TemporaryDirectory() as folder:
         def wall(*names):
             start = time.perf_counter()
-            running = [command("prograd", "--cache", folder, "--out", f"{folder}/{name}")
+            running = [command("--cache", folder, "--out", f"{folder}/{name}")
                        for name in names]
             assert not any([process.wait() for process in running])
             return time.perf_counter() - start
@@ -314,13 +256,20 @@ def together():
 
 def whole():
     with tempfile.TemporaryDirectory() as folder:
-        eurosat_layout(folder, 16, 800)
-        run, wall = seconds_of("prograd", *VIT, "--device", "cuda", "--dataset", "eurosat",
-                               "--data-root", folder, "--shots", 16)
+        split, root = {"train": [], "val": [], "test": []}, Path(folder) / "eurosat"
+        for label, name in enumerate(NAMES):            # 16 training and 800 test images of each
+            for k, path in enumerate(make_images(root / "2750" / name, 816)):
+                split["train" if k < 16 else "test"].append([f"{name}/{path.name}", label, name])
+        (root / "split_zhou_EuroSAT.json").write_text(json.dumps(split))
+        start = time.perf_counter()
+        command(*VIT, "--device", "cuda", "--dataset", "eurosat", "--data-root", folder,
+                "--shots", "16", "--out", f"{folder}/r.jsonl").wait()
+        wall = time.perf_counter() - start
+        run = json.loads(Path(f"{folder}/r.jsonl").read_text())["seconds"]
     print(f"whole     run {run:.0f} s, with imports {wall:.0f} s")
 
 
-PARTS = {"cpu": [step, memory, encoding, together, killed],
+PARTS = {"cpu": [step, memory, encoding, together],
          "cuda": [images, training, whole]}
 
 
@@ -330,12 +279,9 @@ def main():
     p.add_argument("--device", choices=PARTS, default="cpu")
     p.add_argument("--only", metavar="PART,...", help="these parts (all)")
     p.add_argument("--grow", nargs=2, help=argparse.SUPPRESS)
-    p.add_argument("--encode", nargs=2, help=argparse.SUPPRESS)
     args = p.parse_args()
     if args.grow:
         return grow(*args.grow)
-    if args.encode:
-        return encode(*args.encode)
     cuda = args.device == "cuda"
     name = torch.cuda.get_device_name() if cuda else platform.machine()
     print(f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}")

@@ -12,6 +12,7 @@ import zipfile
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from test_load import refuse
 
 from data import download
 from data.errors import Problem
@@ -97,13 +98,6 @@ def left_in(folder):
     return sorted(path.name for path in folder.iterdir() if not path.name.endswith(".lock"))
 
 
-def refuse(root, *words):
-    """Loading EuroSAT ends in a Problem with all of these words."""
-    with pytest.raises(Problem) as problem:
-        load_data("eurosat", root)
-    assert all(word in str(problem.value) for word in words), problem.value
-
-
 # ---------------------------------------------------------------- downloads
 
 def test_several_runs_at_once_download_verify_and_unpack_once(server, tmp_path, capsys):
@@ -119,7 +113,7 @@ def test_several_runs_at_once_download_verify_and_unpack_once(server, tmp_path, 
 @pytest.mark.parametrize("changed", [False, True])
 def test_a_broken_download_goes_on_unless_its_source_has_changed(server, tmp_path, changed):
     server.cut, half = True, len(server.content["/eurosat.zip"]) // 2
-    refuse(tmp_path, "broke", "run again to go on from there")
+    refuse("eurosat", tmp_path, "broke", "run again to go on from there")
     assert not (tmp_path / "eurosat").exists()
     publish(3 if changed else 2)
     assert load_data("eurosat", tmp_path).test
@@ -129,14 +123,14 @@ def test_a_broken_download_goes_on_unless_its_source_has_changed(server, tmp_pat
 
 def test_a_wrong_checksum_leaves_nothing_behind(server, tmp_path):
     server.content["/eurosat.zip"] += b"tampered"
-    refuse(tmp_path, "wrong checksum")
+    refuse("eurosat", tmp_path, "wrong checksum")
     assert not left_in(tmp_path)
 
 
 def test_a_failed_download_says_why_what_belongs_where_and_what_works(server, tmp_path):
     server.content.clear()
-    refuse(tmp_path, "404", "eurosat/2750", "eurosat/split_zhou_EuroSAT.json", "--data-root",
-           "`python prograd.py` needs no download")
+    refuse("eurosat", tmp_path, "404", "eurosat/2750", "eurosat/split_zhou_EuroSAT.json",
+           "--data-root", "`python prograd.py` needs no download")
 
 
 def test_an_incomplete_folder_is_named_before_the_download(tmp_path, monkeypatch):
@@ -153,7 +147,7 @@ def test_without_the_split_file_a_seeded_split_of_all_images_is_made_and_said(se
     assert data.origin == "seeded 50/20/30 split" and "NOT the papers' split" in data.note
     assert left_in(tmp_path / "eurosat") == ["2750"]
     CATALOGUE["eurosat"]["counts"] = [3, 0, 3]
-    refuse(tmp_path, "has 4 images of 6")
+    refuse("eurosat", tmp_path, "has 4 images of 6")
 
 
 # ---------------------------------------------------------------- archives

@@ -28,12 +28,10 @@ HERE = Path(common.__file__).parent
 @pytest.mark.parametrize("flags, word", [
     (["--dataset", "eurosta"], "eurosat"),
     (["--transfer", "shapes"], "the data set that is learned"),
-    (["--template", "a photo"], "{}"),
     (["--ctx-init", "a photo of a {}"], "--ctx-init"),
     (["--ctx-init", "a" + 80 * " a"], "tokens"),
     (["--n-ctx", "3", "--ctx-init", "a photo of a"], "--n-ctx beside --ctx-init"),
     (["--shots", "0"], "--shots: '0': wants a whole number above 0"),
-    (["--lr", "nan"], "--lr: 'nan': wants a number above 0"),
     (["--shots", "4,4"], "twice"),
     (["--shot", "4"], "--shot"),
     (["--class-specific", "--base-to-new"], "--class-specific"),
@@ -70,7 +68,6 @@ def test_words_that_the_tiny_clip_has_never_met_are_named(cli):
 def test_help_shows_the_method_and_its_flags(cli, method):
     run = cli(method, "--help")
     assert run.status == 0 and "arXiv" in run.out and "--ctx-init" in run.out
-    assert max(map(len, run.out.splitlines())) <= 100
 
 
 # ---------------------------------------------------------------- files that a run writes

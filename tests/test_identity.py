@@ -13,15 +13,6 @@ from data.results import records
 
 
 @pytest.fixture
-def mine(tmp_path):
-    """A folder of one's own: two classes, two training and two test images of each."""
-    for part in ("train", "test"):
-        for name in ("cat", "dog"):
-            make_images(tmp_path / "mine" / part / name, 2)
-    return tmp_path / "mine"
-
-
-@pytest.fixture
 def identify(root, tmp_path):
     """Return the identity of a run with these flags, without running it."""
     def identify(*flags, script=coop.__file__):

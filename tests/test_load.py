@@ -51,11 +51,9 @@ def test_a_folder_is_one_data_set_however_its_path_is_written(tmp_path):
         assert dataset_names(way) == [load_data(way, ".").name] == [folder]
 
 
-@pytest.mark.parametrize("text, words", [
-    ("shapes,eurosta", "'eurosta': did you mean eurosat"), ("embedded,shapes", "shapes twice")])
-def test_unknown_and_repeated_names_are_refused(text, words):
-    with pytest.raises(Problem, match=words):
-        dataset_names(text)
+def test_repeated_names_are_refused():
+    with pytest.raises(Problem, match="names shapes twice"):
+        dataset_names("embedded,shapes")
 
 
 @pytest.mark.parametrize("text", ["a {}.|a photo", "{} or {}", "a {0}"])
@@ -125,12 +123,10 @@ def test_hidden_files_and_those_that_are_no_images_are_skipped_at_any_depth(tmp_
     assert "old/0.jpg" in files(found)
 
 
-def test_training_images_with_the_content_of_test_images_are_counted(tmp_path, cli):
-    for place in ("train/cat", "train/dog", "test/cat", "test/dog"):
-        make_images(tmp_path / "own" / place, 1, seed=place)
-    make_images(tmp_path / "own/train/dog", 2, seed=place)      # the first is that of test/dog
-    done = cli("coop", "--epochs", 1, dataset=tmp_path / "own", backbone="tiny_clip")
-    assert "own: training images that are test images as well: 1" in done.out
+def test_training_images_with_the_content_of_test_images_are_counted(mine, cli):
+    make_images(mine / "train/cat", 2, seed=1)                  # the dogs are those of the test
+    done = cli("coop", "--epochs", 1, dataset=mine, backbone="tiny_clip")
+    assert "mine: training images that are test images as well: 2" in done.out
 
 
 ROWS = {"train": [["b.jpg", 1, "bee"], ["a.jpg", 0, "ant"]],

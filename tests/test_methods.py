@@ -5,8 +5,6 @@ import functools
 import importlib
 import inspect
 import math
-import re
-import shlex
 import subprocess
 from dataclasses import replace
 from operator import attrgetter
@@ -158,15 +156,6 @@ def test_at_most_60_lines_differ_between_coop_and_prograd():
 def test_mvp_mi_has_coops_prompt_and_start_to_the_letter(passage):
     ours, theirs = (inspect.getsource(attrgetter(passage)(some)) for some in (coop, mvp_mi))
     assert ours == theirs
-
-
-@every_method
-def test_the_commands_of_a_docstring_are_understood(method):
-    script = importlib.import_module(method)
-    commands = re.findall(r"^    (?:python \w+.py|[.]{3}) (--.*?)(?:  .*)?$", script.__doc__, re.M)
-    assert commands[0] == "--base-to-new --shots 16"
-    for flags in commands:
-        common.parse(script.flags(), shlex.split(flags))
 
 
 # ---------------------------------------------------------------- a learned context

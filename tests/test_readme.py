@@ -1,4 +1,4 @@
-"""The README's commands and patches work on the scripts as they are."""
+"""The commands and patches of the README and the docstrings work on the scripts as they are."""
 
 import importlib
 import re
@@ -18,12 +18,16 @@ PATCHES = re.findall(r"```diff\n(--- a/(\w+)\.py\n.*?)```", README, re.S)
 
 
 def commands():
-    """Yield [METHOD, FLAG, ...] of every run of a method that the README asks for."""
+    """Yield [METHOD, FLAG, ...] of all runs that the README and the docstrings ask for."""
     for block in re.findall(r"```sh\n(.*?)```", README, re.S):
         for line in re.split(r"\n|&&", block.replace("$method", "coop")):
             found = re.search(r"(\w+)\.py( .*|$)", line)
             if found and found[1] in METHODS and line.split()[0] in ("python", "torchrun"):
                 yield [found[1], *shlex.split(found[2], comments=True)]
+    for method in METHODS:
+        doc = importlib.import_module(method).__doc__
+        for flags in re.findall(r"^    (?:python \w+.py|[.]{3}) (--.*?)(?:  .*)?$", doc, re.M):
+            yield [method, *shlex.split(flags)]
 
 
 def test_every_command_is_understood(tmp_path, monkeypatch):

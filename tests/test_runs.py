@@ -181,11 +181,10 @@ def test_more_shots_than_images_are_recorded_as_those_that_were_used(cli):
     assert "run 1 of 2" in run.out and "already in" in run.out.split("run 2 of 2")[1]
 
 
-def test_a_bad_image_is_found_before_the_training(cli, eurosat, monkeypatch):
+def test_a_bad_image_is_found_before_the_training(cli, mine, monkeypatch):
     monkeypatch.setattr(coop, "train", lambda *some: pytest.fail("was trained"))
-    flags = {"dataset": "eurosat", "data_root": eurosat, "backbone": TINY}
-    refused(cli("coop", *QUICK, "--predict", eurosat / "none.jpg", **flags), "none.jpg")
-    image = eurosat / "eurosat/2750/River/River_3.jpg"          # for testing
+    flags, image = {"dataset": mine, "backbone": TINY}, mine / "test/cat/cat_2.jpg"
+    refused(cli("coop", *QUICK, "--predict", mine / "none.jpg", **flags), "none.jpg")
     image.write_bytes(b"no image")
     refused(cli("coop", *QUICK, **flags), image, "mend it or take it away")
 

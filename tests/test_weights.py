@@ -57,13 +57,9 @@ def test_openai_torchscript_files_are_loaded_with_quickgelu(small, tmp_path):
     assert found["activation"] == "QuickGELU" and same_weights(found["model"], small)
 
 
-def test_a_file_that_does_not_tell_its_activation_asks_for_it_unless_it_is_openais(
-        small, checkpoint, monkeypatch):
+def test_a_file_that_does_not_tell_its_activation_asks_for_it(small, checkpoint):
     with pytest.raises(Problem, match="--backbone test-clip-quickgelu .*or --backbone test-clip$"):
         weights.create("test-clip", checkpoint, chosen=False)
-    assert len(weights.openai_digests()) == 9
-    monkeypatch.setattr(weights, "openai_digests", lambda: {weights.sha256(checkpoint)})
-    assert weights.create("test-clip", checkpoint, chosen=False)["activation"] == "QuickGELU"
 
 
 def test_a_typed_backbone_tells_the_activation_and_gelu_is_said(small, checkpoint, capfd):

@@ -7,7 +7,6 @@ import sys
 
 import open_clip
 import pytest
-import torch
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -42,22 +41,6 @@ def test_long_captions_are_true_of_their_scene():
         scene = draw.sample_scene(rng)
         text = long_caption(scene, rng).replace(",", " ").replace("#", " ").rstrip(".")
         assert words.intersection(text.split()) <= {"photo", *scene.values()}
-
-
-def test_long_captions_have_4_to_about_40_tokens_and_class_names_anywhere():
-    rng, tokenizer = random.Random(0), open_clip.SimpleTokenizer()
-    texts = [long_caption(draw.sample_scene(rng, shape="heart"), rng) for _ in range(3000)]
-    lengths = [len(tokenizer.encode(text)) + 2 for text in texts]  # with start and end
-    assert min(lengths) <= 5 and 35 <= max(lengths) <= 50
-    places = {len(text.split("heart")[0].split()) for text in texts if "heart" in text}
-    assert places >= set(range(1, 21))
-
-
-def test_classes_are_sorted_and_10_to_24_in_each_set():
-    for name in sets.EMBEDDED + sets.SHIFTED:
-        names = sets.class_names(name)
-        assert names == sorted(names) and 10 <= len(set(names)) == len(names) <= 24
-        assert sets.template(name).count("{}") == 1
 
 
 def test_shifted_versions_show_the_scenes_of_shapes():
@@ -110,32 +93,6 @@ def test_shipped_weights_classify_zero_shot_about_as_the_rules_ask(monkeypatch):
     plain, accuracy, _, _, confidence, *fronts = sets.measure(model.eval(), preprocess, "forms")
     assert plain >= 85 and 45 <= accuracy <= 85  # 6 images a class leave a few points of noise
     assert abs(confidence - accuracy) <= 25 and max(abs(f - accuracy) for f in fronts) <= 6
-
-
-@pytest.mark.parametrize("changes, line", [
-    ({}, None), ({4: 71}, "calibration"), ({5: 66.1}, "long prompts"), ({3: 82}, "accuracy"),
-    ({1: 49}, "shapes"), ({0: 89}, "shapes"), ({7: 0.03}, "words")])
-def test_the_check_names_the_rule_that_fails(changes, line, monkeypatch, capsys):
-    row = {0: 97, 1: 65, 2: 75, 3: 77, 4: 66, 5: 65.4, 6: 65, 7: 0.02} | changes
-    model = torch.nn.Module()
-    model.token_embedding = torch.nn.Embedding.from_pretrained(torch.randn(9, 80) * row.pop(7))
-    monkeypatch.setattr(open_clip, "create_model_and_transforms", lambda name: (model, None, None))
-    results = dict.fromkeys(sets.SETS, list(row.values())) | {"shapes_clean": [98] * 7}
-    monkeypatch.setattr(sets, "measure", lambda model, preprocess, name: results[name])
-    assert sets.check(SHIPPED) == (not changes)
-    failed = [text.split("  ")[0] for text in capsys.readouterr().out.splitlines() if "NOT" in text]
-    assert failed[:1] == ([line] if line else [])
-
-
-def test_rescaling_gives_words_their_scale_and_changes_no_feature(monkeypatch):
-    monkeypatch.setattr(pretrain, "WORD_STD", 0.06)
-    model = open_clip.create_model(f"local-dir:{SHIPPED}").eval()
-    tokens = open_clip.SimpleTokenizer()(["a photo of a red heart.", "a moon on the left"])
-    before, words = model.encode_text(tokens, normalize=True), model.token_embedding.weight
-    pretrain.rescale_words(model)
-    assert words[words.any(-1)].std().item() == pytest.approx(0.06)
-    after = model.encode_text(tokens, normalize=True)
-    assert (after - before).abs().max() < 2e-3  # LayerNorm's epsilon
 
 
 def test_pretraining_runs_from_nothing_to_a_clip_of_the_shipped_form(tmp_path, monkeypatch):

@@ -7,8 +7,8 @@ from pathlib import Path
 from statistics import stdev
 
 import numpy as np
+from matplotlib.figure import Figure
 
-from data.errors import Problem
 from data.results.tables import average_rows, group, is_run, mean, plural
 
 # Name, colour and marker of a method, the same in every picture; colours of Okabe and Ito (2008).
@@ -22,16 +22,12 @@ MOVES = {"KL new": "KL from zero-shot CLIP, new classes (nats)",
          "shift gap": "gap between the encoders' feature shifts"}
 
 
-def draw(cells, folder, classes):
-    """Draw what the cells can answer, or confusion matrices, as PNG files; yield (file, title)."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise Problem("--plot needs matplotlib: pip install matplotlib") from None
-    questions = [confusion_matrix] if classes else [
-        accuracy_over_shots, base_against_new, change_by_data_set, over_training, gap_against_gain]
+def draw(cells, folder):
+    """Draw what the cells can answer, as PNG files; yield (file, title)."""
+    questions = [accuracy_over_shots, base_against_new, change_by_data_set, over_training,
+                 gap_against_gain]
     drawn, cells = set(), [c for c in cells if not c.table.transfer]
-    for name, about, some, means in confusions(cells) if classes else views(cells):
+    for name, about, some, means in views(cells):
         for question in questions:
             figure = Figure(figsize=(6.4, 4.3), dpi=130, layout="constrained")
             title = question(figure, some, means)
@@ -209,28 +205,3 @@ def gap_against_gain(figure, cells, means):
         axes.set_ylabel("new classes, above zero-shot CLIP (points)", fontsize=8)
     title = f"Does a prompt that moves less generalize better? ({plural(shots, 'shot')})"
     return title if columns else None
-
-
-# ---------------------------------------------------------------- confusion matrices
-
-def confusions(cells):
-    """Yield (file name, title, cells, part) of each data set, number of shots and part."""
-    runs = [c for c in cells if is_run(c) and c.record.get("confusion")]
-    for (dataset, shots, table), some in group(runs, "dataset", "shots", "table").items():
-        for part in some[0].record["confusion"]:
-            name = f"{dataset}, {part}, {plural(shots, 'shot')}"
-            yield name, f"{name}, {table.about}", some, part
-
-
-def confusion_matrix(figure, cells, part):
-    names = [entry[0] for entry in cells[0].record["per_class"][part]]
-    rows, styles = group(cells, "row"), style_rows(cells)
-    for axes, ((row,), some) in zip(panels(figure, len(rows), 4, 4), rows.items()):
-        counts = np.sum([c.record["confusion"][part] for c in some], 0)
-        percent = 100 * counts / np.maximum(1, counts.sum(1, keepdims=True))
-        axes.imshow(percent, "Blues", vmin=0, vmax=100)
-        axes.set_title(styles[row]["label"], fontsize=9)
-        if len(names) <= 30:
-            axes.set_xticks(range(len(names)), names, rotation=90, fontsize=6)
-            axes.set_yticks(range(len(names)), names, fontsize=6)
-    return "Which classes (rows) are taken for which (columns)?"

@@ -56,7 +56,7 @@ def main(argv=None):
         show(title, grid, notes.pop(table, []), args.markdown)
     if args.plot:
         from data.results import pictures
-        for file, title in pictures.draw(shown, Path(args.file).parent, args.classes):
+        for file, title in pictures.draw(shown, Path(args.file).parent):
             print(f"{file}: {title}")
     if not args.all:
         others = len({c.table[:2] for c in cells} - newest)

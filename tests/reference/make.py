@@ -1,7 +1,6 @@
-"""Train a method on a small CLIP with made-up weights; read and write the reference vectors.
+"""Train a method on a small CLIP with made-up weights; compare with reference vectors.
 
-    python tests/reference/make.py weights coop_end FILE.safetensors   made-up weights, for a port
-    python tests/reference/make.py own [FOLDER]                        the vectors of our own code
+    python tests/reference/make.py FOLDER      write the vectors of our own code anew
 
 README.md describes the files. Tests use `follow` to see every step of a script's training."""
 
@@ -18,7 +17,6 @@ import open_clip
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 HERE = Path(__file__).resolve().parent
@@ -94,14 +92,9 @@ def small_clip(**size):
     model = open_clip.CLIP(size["embed"], vision, text, quick_gelu=True)
     weights = model.state_dict()
     model.load_state_dict({name: clip_weight(name, tuple(x.shape)) for name, x in weights.items()})
-    return as_clip(model)
-
-
-def as_clip(model):
-    """Return an open_clip model as the scripts get it, on the CPU."""
     model.eval().requires_grad_(False)
     return common.Clip(
-        model=model, text=getattr(model, "text", model), visual=model.visual, dtype=torch.float32,
+        model=model, text=model, visual=model.visual, dtype=torch.float32,
         tokenizer=TOKENIZER, preprocess=None, logit_scale=model.logit_scale.exp().item(),
         device="cpu", amp=False, class_chunk=128, name="", activation="", weights="", image_key="")
 
@@ -279,66 +272,20 @@ def read(file):
     return json.loads(str(arrays.pop("config"))), arrays
 
 
-def write(file, config, arrays):
-    """Write a file, and beside it the same `config` as JSON, with the numbers of the tokens."""
-    arrays = {key: np.asarray(value) for key, value in arrays.items()}
-    np.savez_compressed(file, config=np.array(json.dumps(config)), **arrays)
-    parts = []
-    for key, part in {"config": config, "tokens": tokens(config)}.items():
-        lines = ",\n".join(f"  {json.dumps(k)}: {json.dumps(v)}" for k, v in part.items())
-        parts.append(f'"{key}": {{\n{lines}\n}}')
-    Path(file).with_suffix(".json").write_text("{\n" + ",\n".join(parts) + "\n}\n")
-
-
-def tokens(config):
-    """Return the token numbers for which a port would need a tokenizer."""
-    encode, words = TOKENIZER.encode, config["context_words"]
-    names = [name.replace("_", " ") for name in config["classnames"]]
-    found = {"start_of_text": 49406, "end_of_text": 49407,
-             "names_with_full_stop": [encode(f"{name}.") for name in names],
-             "name_lengths": [len(encode(name)) for name in names]}
-    if config["method"] == "prograd":
-        words = words or config["template"].split("{}")[0].strip()
-        found["words_left_over"] = encode(words)[len(words.split()):]
-    if config["method"] == "restore":
-        found["words_not_learned"] = encode(words)[config["n_ctx"]:]
-    learned = {"prograd": len(words.split()), "restore": config["n_ctx"]}.get(config["method"])
-    found["words_learned"] = encode(words)[:learned]
-    if "template" in config:
-        found["written_prompts"] = [encode(config["template"].format(name)) for name in names]
-    return found
-
-
 def write_own(folder):
-    """Write the vectors of our own code anew, for the `config` that they have."""
-    for name in ("restore_paper.npz", "mvp_mi.npz"):
-        config, arrays = read(HERE / name)
+    """Write the vectors of our own code anew, for the `config` and tokens that they have."""
+    for name in ("restore_paper", "mvp_mi"):
+        config, arrays = read(HERE / f"{name}.npz")
         training = follow(config)
         if config["method"] == "restore":
             after = blends(training.prompt).tolist()
             config["blend_text_after"], config["blend_visual_after"] = after
         found = entries(training)
-        write(folder / name, config, {entry: found[entry] for entry in arrays})
-
-
-def write_weights(name, file):
-    """Write the small CLIP of a reference file, and where RESTORE's parameters start."""
-    config, _ = read(HERE / f"{name}.npz")
-    tensors = dict(small_clip(**config["clip"]).model.state_dict())
-    for key, shape in config.get("parameters", {}).items():
-        if key != "text_prompts.0":
-            tensors[f"restore/{key}"] = restore_start(key, tuple(shape))
-    save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, file)
-
-
-def main(what="", *given):
-    if what == "weights" and len(given) == 2:
-        write_weights(*given)
-    elif what == "own":
-        write_own(Path(*given or [HERE]))
-    else:
-        sys.exit(__doc__)
+        arrays = {entry: np.asarray(found[entry]) for entry in arrays}
+        np.savez_compressed(folder / name, config=np.array(json.dumps(config)), **arrays)
+        told = json.loads((HERE / f"{name}.json").read_text()) | {"config": config}
+        (folder / f"{name}.json").write_text(json.dumps(told, indent=1) + "\n")
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    write_own(Path(sys.argv[1]))
