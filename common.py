@@ -25,7 +25,7 @@ encoder, but of the image in (n, 3, H, W). D the dimension of the features.
 import sys
 
 from data.errors import (       # noqa: F401  most are for the scripts
-    Problem, count, nonnegative, nonnegatives, one_line_errors, positive, whole, words)
+    Problem, count, list_of, nonnegative, one_line_errors, positive, whole, words)
 
 if __name__ == "__main__":      # python common.py: tables of recorded runs, without importing torch
     from data.results import tables
@@ -50,6 +50,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from torch.utils.checkpoint import checkpoint
 from torchvision.transforms import (
     Compose, InterpolationMode, PILToTensor, RandomHorizontalFlip, RandomResizedCrop)
@@ -60,7 +61,6 @@ from data.flags import (        # noqa: F401  flags: for the scripts
     check_names, check_origin, check_protocol, flags, parse, settle)
 from data.load import Data, Item, load_data
 from data.results import export, records, report
-from data.weights import TINY_CLIP
 
 THREADS = torch.get_num_threads()       # as PyTorch found them; a small CLIP gets one
 progress = functools.partial(tqdm, disable=None, leave=False)   # no bar without a terminal
@@ -79,7 +79,7 @@ def runs(script, parser, argv=None):
     this generator: hence `with run.errors` there."""
     args = parse(parser, argv)
     jobs = list(itertools.product(args.dataset, args.shots, args.seeds))
-    mine, done, failed, several = share(jobs), [], [], len(jobs) > 1
+    mine, failed, several = share(jobs), [], len(jobs) > 1
     for dataset, group in itertools.groupby(mine, key=lambda job: job[0]):
         with note_failure(dataset, failed, several):
             for run in runs_on(dataset, list(group), script, settle(args, parser, dataset)):
@@ -91,9 +91,6 @@ def runs(script, parser, argv=None):
                 else:
                     torch.manual_seed(run.seed)
                     yield run
-                if run.title not in failed:
-                    done.append(run.id)
-    report.show_means(args.out, done)
     if failed:
         summary = f"{len(failed)} failed: {'; '.join(failed)}"
         if mine == jobs:                # else torchrun would stop the other processes
@@ -118,10 +115,7 @@ def share(jobs):
     if not ("RANK" in os.environ and "WORLD_SIZE" in os.environ):
         return jobs
     rank, processes = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    mine = jobs[len(jobs) * rank // processes:len(jobs) * (rank + 1) // processes]
-    if not mine:
-        print(f"nothing to do for process {rank} of {processes}: there are {len(jobs)} runs")
-    return mine
+    return jobs[len(jobs) * rank // processes:len(jobs) * (rank + 1) // processes]
 
 
 def runs_on(dataset, jobs, script, args):
@@ -141,7 +135,7 @@ def runs_on(dataset, jobs, script, args):
         check_protocol(sets[0], args)
     data, *others = sets
     clip = load_clip(args.backbone, args.pretrained, args.device, args.precision,
-                     args.class_chunk, "backbone" in args.typed or bool(origin))
+                     args.class_chunk)
     if "OMP_NUM_THREADS" not in os.environ:     # on small matrices more threads only wait
         small = clip.text.positional_embedding.shape[1] < 256
         torch.set_num_threads(1 if small else THREADS)
@@ -260,13 +254,12 @@ class Clip:
 
 
 @functools.cache
-def load_clip(backbone=f"local-dir:{TINY_CLIP}", pretrained="", device="cpu", precision="fp32",
-              class_chunk=128, chosen=True):
-    """Return the Clip of --backbone and --pretrained. chosen: see weights.create.
+def load_clip(backbone="tiny_clip", pretrained="", device="cpu", precision="fp32", class_chunk=128):
+    """Return the Clip of --backbone and --pretrained.
 
     Raises Problem if there is no such model, no weights, or a text encoder that is not CLIP's."""
     torch.manual_seed(0)                                        # for --pretrained random
-    rest = weights.create(backbone, pretrained, chosen)
+    rest = weights.create(backbone, pretrained)
     if device == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
         torch.backends.cudnn.allow_tf32 = False     # fp32 means fp32 in convolutions, too
@@ -274,7 +267,7 @@ def load_clip(backbone=f"local-dir:{TINY_CLIP}", pretrained="", device="cpu", pr
     visual = model.visual if dtype == torch.float32 else copy.deepcopy(model.visual).to(dtype)
     return Clip(visual=visual, dtype=dtype, logit_scale=model.logit_scale.exp().item(),
                 device=device, amp=device == "cuda" and dtype == torch.bfloat16,
-                class_chunk=class_chunk, name=weights.backbone_name(backbone), **rest)
+                class_chunk=class_chunk, name=backbone, **rest)
 
 
 def feature_dtype(device, precision):
@@ -327,17 +320,9 @@ def encode_images(clip, data, items, cache=None, views=None, encode=None, kind="
 
 # ---------------------------------------------------------------- prompts to class features
 
-def tokenize(clip, text):
-    """Return the token numbers of a text, without start and end; raise Problem if too long."""
-    tokens, most = clip.tokenizer.encode(text), len(clip.text.positional_embedding) - 2
-    if len(tokens) > most:
-        raise Problem(f"{text[:60]!r}... is {len(tokens)} tokens long; CLIP reads {most}")
-    return tokens
-
-
 def embed(clip, text):
-    """Return the embeddings of a text's tokens, (l, W), without positions."""
-    tokens = torch.tensor(tokenize(clip, text), dtype=torch.long, device=clip.device)
+    """Return the embeddings of a text's tokens, (l, W), without start, end and positions."""
+    tokens = torch.tensor(clip.tokenizer.encode(text), dtype=torch.long, device=clip.device)
     return clip.text.token_embedding(tokens)
 
 
@@ -355,7 +340,7 @@ def name_embeddings(clip, classnames):
     pairs = []
     for classname in classnames:
         name = classname.replace("_", " ")
-        length = len(tokenize(clip, name))
+        length = len(clip.tokenizer.encode(name))
         pairs.append(embed(clip, f"{name}.").tensor_split([length]))
     return pairs
 
@@ -380,7 +365,8 @@ def encode_text(clip, shared, own):
         x, last = pad(some)                                             # (c, L, W), (c,)
         x = x + text.positional_embedding[skip:skip + x.shape[1]]
         x, _ = through_blocks(text, x, past)
-        return [text_feature(text, x[torch.arange(len(x), device=x.device), last])]
+        x = x[torch.arange(len(x), device=x.device), last]              # of the end tokens, (c, W)
+        return [text.ln_final(x) @ text.text_projection]
 
     w, = in_chunks(clip, encode, own)
     return F.normalize(w.float(), dim=-1)
@@ -411,11 +397,6 @@ def through_blocks(text, x, past):
         x = x + block.ls_1(attn.out_proj(out.transpose(1, 2).flatten(2)))
         x = x + block.ls_2(block.mlp(block.ln_2(x)))
     return x, kept
-
-
-def text_feature(text, x):
-    """Return text features (c, D), not normalized, of the end tokens' last states (c, W)."""
-    return text.ln_final(x) @ text.text_projection
 
 
 def pad(prompts):
@@ -451,7 +432,7 @@ def check_length(clip, length):
     most = len(clip.text.positional_embedding)
     if length > most:
         raise Problem(f"the longest prompt takes {length} tokens, CLIP reads {most}: "
-                      "a smaller --n-ctx or shorter --ctx-init leaves more for the name")
+                      "take a smaller --n-ctx, or shorter --ctx-init, --template or class names")
 
 
 @torch.no_grad()
@@ -533,8 +514,8 @@ class Run:
         """Encode test images and templates. Then encode the sample's views, or load a prompt.
 
         A method that changes the image encoder (its prompt has image_features) encodes the views
-        itself. --views 0: one view, epoch 0's crop, not cached. Raises Problem: an image cannot be
-        read, features are not finite, --load does not fit."""
+        itself. --views 0: one view, epoch 0's crop, not cached. Raises Problem at an image that
+        cannot be read."""
         args, self.began = self.args, time.time()
         if args.export and hasattr(prompt, "image_features"):
             raise Problem("--export: this method trains on pixels, not on features")
@@ -543,11 +524,8 @@ class Run:
         for part in self.parts:
             if part.features is None and part.items:
                 f = encode_images(self.clip, part.data, part.items, args.cache)
-                h = template_features(self.clip, part.data.template, part.classnames)
-                if not (f.isfinite().all() and h.isfinite().all()):
-                    raise Problem(f"--backbone {args.backbone} {args.pretrained}: its features are "
-                                  "not finite, so its weights cannot be right")
-                part.features, part.zero_shot = f.to(self.clip.device), h
+                part.features = f.to(self.clip.device)
+                part.zero_shot = template_features(self.clip, part.data.template, part.classnames)
         if args.load:
             self.load(prompt)
         elif not hasattr(prompt, "image_features"):
@@ -562,15 +540,11 @@ class Run:
         return f.to(self.clip.device)
 
     def load(self, prompt):
-        """Fill a prompt with the tensors of --load. Raises Problem if they do not fit."""
-        file, tensors = self.args.load, features.read_whole(self.args.load, "--load")
+        """Fill a prompt with the tensors of --load. They fit: see check_origin (data/flags.py)."""
+        tensors = load_file(self.args.load)
         for name, buffer in prompt.named_buffers(recurse=False):    # ProGrad's left_over: any l
-            if name in tensors and buffer.shape[1:] == tensors[name].shape[1:]:
+            if name in tensors:
                 setattr(prompt, name, tensors[name].to(buffer))
-        found, wanted = ({name: (tuple(t.shape), t.dtype) for name, t in state.items()}
-                         for state in (tensors, prompt.state_dict()))
-        if wanted != found:
-            raise Problem(f"--load {file}: holds {found}; these flags and classes ask for {wanted}")
         prompt.load_state_dict(tensors)
 
     # ------------------------------------------------ batches
@@ -612,24 +586,10 @@ class Run:
 
     def log(self, epoch, **values):
         """Note what a step computed, numbers or tensors; the record holds means over each epoch."""
-        losses = self.logged.get("loss")
-        if losses and epoch not in losses:      # once an epoch: a GPU need not wait at every step
-            self.check_finite()
         for name, value in values.items():
             steps = self.logged.setdefault(name, {}).setdefault(epoch, [])
             exact = torch.float64 if isinstance(value, float) else None
             steps.append(torch.as_tensor(value, dtype=exact).detach())
-
-    def check_finite(self, *tensors):
-        """Raise Problem if the last epoch's loss, or one of the tensors, is not finite."""
-        by_epoch = self.logged.get("loss") or {0: [torch.zeros(())]}    # none for a loaded prompt
-        epoch = max(by_epoch)
-        losses = torch.stack(by_epoch[epoch])
-        if not all(tensor.isfinite().all() for tensor in (losses, *tensors)):
-            if self.args.load:
-                raise Problem(f"--load {self.args.load}: its numbers or features are not finite")
-            raise Problem(f"the training failed in epoch {epoch + 1}, with loss {losses.mean():g}: "
-                          f"try a smaller --lr than {self.args.lr:g}")
 
     def history(self):
         """Return what was logged: {name: [mean over the steps of each epoch]}."""
@@ -647,7 +607,9 @@ class Run:
             if hasattr(prompt, "image_features"):
                 f = encode_images(self.clip, part.data, part.items, encode=prompt.image_features)
                 f = f.to(self.clip.device)
-        self.check_finite(f, w)
+        if not all(tensor.isfinite().all() for tensor in (f, w, part.features, part.zero_shot)):
+            raise Problem(f"features are not finite: take a smaller --lr than {self.args.lr:g}, or "
+                          "other weights if those of --pretrained or --load are damaged")
         return [(part.features, part.zero_shot), (f, w.float())]
 
     def evaluate(self, prompt, part):
@@ -672,7 +634,6 @@ class Run:
         prompt  a Module with class_features(part) -> (C, D)
         more    further values for the record, besides what was logged"""
         args = self.args
-        self.check_finite(*prompt.parameters())
         rows = {part.name: self.evaluate(prompt, part) for part in self.parts if part.items}
         if rows:                    # none with --load --predict alone
             cuda = self.clip.device == "cuda"

@@ -97,17 +97,22 @@ class Prompt(torch.nn.Module):
     def __init__(self, clip, args):
         super().__init__()
         self.clip = clip                                # not a Module: parameters() leaves it out
-        check(clip, args)
         visual, n = clip.model.visual, args.n_ctx
-        K = min(args.depth, len(text_blocks(clip)), len(image_blocks(clip)))
+        if getattr(visual, "pool_type", None) != "tok":
+            raise common.Problem("--backbone: RESTORE's prompts go into a vision transformer that "
+                                 "is read at its class token (try ViT-B-16)")
         self.words = common.embed(clip, args.ctx_init)                      # (words, W_t)
+        if n > len(self.words) and args.towers != "vision":
+            raise common.Problem(f"--n-ctx {n}: the prompts replace words of --ctx-init, which has "
+                                 f"{len(self.words)} tokens")
+        K = min(args.depth, len(clip.text.transformer.resblocks), len(visual.transformer.resblocks))
         width_t, width_i = self.words.shape[1], visual.conv1.out_channels
         P = [self.words[:n].cpu().clone()] + [0.02 * torch.randn(n, width_t) for _ in range(K - 1)]
         Q = [0.02 * torch.randn(n, width_i) for _ in range(K)]
         self.P = torch.nn.ParameterList(P if args.towers != "vision" else [])
         self.Q = torch.nn.ParameterList(Q if args.towers != "text" else [])
         # No prompts: no surgery (ours), and shift 0, to which L_fs pulls the other encoder's.
-        b_t, b_i = (args.blend * 2)[:2]                 # a list of one number, or of two
+        b_t, b_i = args.blend[0], args.blend[-1]        # of a list of one number, or of two
         self.text_surgery = Surgery(visual.output_dim, b_t if len(self.P) else 0.0)
         self.image_surgery = Surgery(visual.output_dim, b_i if len(self.Q) else 0.0)
         self.to(clip.device)
@@ -126,14 +131,14 @@ class Prompt(torch.nn.Module):
             length = x.shape[1]
             position = text.positional_embedding[:length]
             x = x + position
-            for k, block in enumerate(text_blocks(self.clip)):              # block l = k + 1
+            for k, block in enumerate(text.transformer.resblocks):          # block l = k + 1
                 if k < len(prompts):
                     p = prompts[k] if k else prompts[k] + position[1:1 + len(prompts[k])]
                     p = p.expand(len(x), -1, -1).to(x.dtype)                # (c, n, W_t)
                     x = torch.cat([x[:, :1], p, x[:, 1 + p.shape[1]:]], 1)
                 x = block(x, attn_mask=text.attn_mask[:length, :length])
                 states.append(x[each, last])                                # (c, W_t)
-            return common.text_feature(text, states[-1]), torch.stack(states, 1)
+            return text.ln_final(states[-1]) @ text.text_projection, torch.stack(states, 1)
 
         rows = [[start, self.words, name, dot, end] for name, dot in names]
         common.check_length(self.clip, max(sum(map(len, parts)) for parts in rows))
@@ -146,7 +151,7 @@ class Prompt(torch.nn.Module):
         first = visual.class_embedding.expand(len(x), 1, -1).to(x.dtype)
         x = torch.cat([first, x], 1) + visual.positional_embedding
         own = x.shape[1]                                                    # 1 + patches
-        for k, block in enumerate(image_blocks(self.clip)):
+        for k, block in enumerate(visual.transformer.resblocks):
             if k < len(prompts):
                 q = prompts[k].expand(len(x), -1, -1).to(x.dtype)           # (B, n, W_i)
                 x = torch.cat([x[:, :own], q], 1)
@@ -173,28 +178,6 @@ class Prompt(torch.nn.Module):
         """Let the blends grow by 0.02 (text) and 0.005 (image) times the mean shift."""
         self.text_surgery.b += 0.02 * shift_t.mean()
         self.image_surgery.b += 0.005 * shift_i.mean()
-
-
-def text_blocks(clip):
-    return clip.text.transformer.resblocks
-
-
-def image_blocks(clip):
-    return clip.model.visual.transformer.resblocks
-
-
-def check(clip, args):
-    """Raise Problem where the prompts do not fit into this CLIP."""
-    visual = clip.model.visual
-    if getattr(visual, "pool_type", None) != "tok" or visual.attn_pool is not None:
-        raise common.Problem("--backbone: RESTORE's prompts go into a vision transformer that is "
-                             "read at its class token (try ViT-B-16)")
-    if len(args.blend) > 2:
-        raise common.Problem("--blend: wants one number, or the text's and the image's")
-    words = len(common.tokenize(clip, args.ctx_init))
-    if args.n_ctx > words and args.towers != "vision":
-        raise common.Problem(f"--n-ctx {args.n_ctx}: the prompts replace words of --ctx-init, "
-                             f"which has {words} tokens")
 
 
 def feature_shift(states, frozen):
@@ -328,7 +311,8 @@ def flags():
                         help="measured on features, or the released code's stand-in (features)")
     parser.add_argument("--shift-weight", type=common.nonnegative, default=10.0,
                         metavar="GAMMA", help="of the consistency loss; 0: off (10)")
-    parser.add_argument("--blend", type=common.nonnegatives, default=[0.1], metavar="B[,B]",
+    parser.add_argument("--blend", type=common.list_of(common.nonnegative), default=[0.1],
+                        metavar="B[,B]",
                         help="of the surgery at the start, or text's,image's; 0: none (0.1)")
     return parser
 

@@ -4,8 +4,8 @@ import argparse
 import contextlib
 import math
 import os
-import stat
 import sys
+from functools import partial
 from pathlib import Path
 
 if sys.version_info < (3, 11, 4):
@@ -42,24 +42,10 @@ def explain(error):
         return 141, ""
     if isinstance(error, OSError):                  # no space, no permission
         return 2, f"{error.filename or 'cannot write'}: {error.strerror or error}"
-    if type(error).__name__ == "OutOfMemoryError":  # PyTorch's, which is not imported for it
-        return 2, "out of GPU memory: use a smaller --class-chunk, --batch-size or --backbone"
-    if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
+    text = str(error)
+    if isinstance(error, MemoryError) or "out of memory" in text or "can't allocate memory" in text:
         return 2, "out of memory: use a smaller --class-chunk, --batch-size or --backbone"
     return None, ""
-
-
-def plain_file(path):
-    """Return the path of an existing plain file, as a Path, without opening it.
-
-    Raises Problem for what is missing, for a folder, and for a pipe or device."""
-    try:
-        mode = os.stat(path).st_mode
-    except (OSError, ValueError) as error:          # ValueError: a NUL in the path
-        raise Problem(f"{path}: {getattr(error, 'strerror', None) or error}") from None
-    if not stat.S_ISREG(mode):
-        raise Problem(f"{path}: is {'a folder' if stat.S_ISDIR(mode) else 'no plain file'}")
-    return Path(path)
 
 
 # ---------------------------------------------------------------- flags
@@ -82,32 +68,15 @@ def bounded(text, kind, low, what):
 
 # argparse types
 
-def count(text):
-    return bounded(text, int, 1, "a whole number above 0")
+count = partial(bounded, kind=int, low=1, what="a whole number above 0")
+whole = partial(bounded, kind=int, low=0, what="a whole number, 0 or more")
+positive = partial(bounded, kind=float, low=math.ulp(0), what="a number above 0")
+nonnegative = partial(bounded, kind=float, low=0, what="a number, 0 or more")
 
 
-def whole(text):
-    return bounded(text, int, 0, "a whole number, 0 or more")
-
-
-def positive(text):
-    return bounded(text, float, math.ulp(0), "a number above 0")
-
-
-def nonnegative(text):
-    return bounded(text, float, 0, "a number, 0 or more")
-
-
-def counts(text):
-    return [count(part) for part in text.split(",")]
-
-
-def wholes(text):
-    return [whole(part) for part in text.split(",")]
-
-
-def nonnegatives(text):
-    return [nonnegative(part) for part in text.split(",")]
+def list_of(kind):
+    """Return an argparse type: values of another type, separated by commas, as a list."""
+    return lambda text: [kind(part) for part in text.split(",")]
 
 
 def words(value):

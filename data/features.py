@@ -1,68 +1,46 @@
 """Image files to pixels, the cache of image features, and safetensors files that appear whole."""
 
-import contextlib
 import functools
-import glob
 import io
 import os
-import stat
-import tempfile
 import time
+import uuid
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from hashlib import blake2b
 from itertools import islice
 from pathlib import Path
 
-import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load, save_file
+from safetensors.torch import save_file
 from torch.utils.data import DataLoader
 
-from data.errors import Problem, plain_file
+from data.errors import Problem
+from data.results.records import digest
 
 SECONDS = 3     # of work that a killed run loses at most
 
 
 # ---------------------------------------------------------------- pixels
 
-def image_status(path):
-    """Return os.stat of an image. Raises Problem if it is missing or no plain file."""
-    with contextlib.suppress(OSError, ValueError):
-        status = os.stat(path)
-        if stat.S_ISREG(status.st_mode):
-            return status
-    try:
-        plain_file(path)
-    except Problem as problem:
-        raise Problem(f"missing image {problem}") from None
-
-
 def rgb(image, own=False):
-    """Convert a PIL image to 8-bit RGB. Raises ValueError if its values have no known range.
+    """Convert a PIL image to 8-bit RGB. Raises ValueError for 16-bit and float grey.
 
-    Pillow itself would clip 16-bit grey and turn floats up to 1 black; they are scaled instead.
     own  apply the EXIF orientation, and put transparent images on white"""
+    if image.mode[0] in "IF":                               # Pillow would clip its values
+        raise ValueError("grey of 16 bits or floats: convert it to 8 bits")
     if own:
         image = ImageOps.exif_transpose(image)
-    if image.mode[0] in "IF":
-        values = np.asarray(image, dtype=np.float64)
-        low, high = values.min(), values.max()
-        top = 65535 if image.mode[0] == "I" else 1 if high <= 1 else 255
-        if not 0 <= low <= high <= top:                     # also where NaN is among them
-            raise ValueError(f"grey values {low:g} to {high:g}; known: 16 bits, floats to 1 or 255")
-        image = Image.fromarray((values * 255 / top).round().astype(np.uint8))
-    elif own and (image.mode[-1] in "Aa" or "transparency" in image.info):
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        if image.mode[-1] in "Aa" or "transparency" in image.info:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
 
 
 def read_image(path, own=False):
     """Return an image file's content and its RGB image. Raises Problem if it cannot be read."""
-    image_status(path)
     try:
         content = Path(path).read_bytes()
         return content, rgb(Image.open(io.BytesIO(content)), own)
@@ -143,11 +121,6 @@ def normalize(pixels, mean, std):
 
 # ---------------------------------------------------------------- digests
 
-def digest(value):
-    """Return 32 hexadecimal digits that stand for anything that repr shows whole."""
-    return blake2b(repr(value).encode(), digest_size=16).hexdigest()
-
-
 def tensor_digest(tensors):
     """Return a hex digest of {name: tensor}: names, dtypes, shapes and bytes, in name order."""
     whole = blake2b(digest_size=16)
@@ -159,29 +132,26 @@ def tensor_digest(tensors):
 
 
 def digest_files(paths, folder):
-    """Return a 16-byte digest of each image's content. Raises Problem at a missing image.
+    """Return a 16-byte digest of each image's content. Raises Problem if one cannot be read.
 
     Reading 50,000 images takes minutes, so the digests are kept in `folder` (None: they are not)
-    by the images' resolved paths, sizes and times."""
-    resolve, states = functools.cache(os.path.realpath), []
-    for path in paths:
-        status, (parent, name) = image_status(path), os.path.split(path)
-        times = status.st_mtime_ns, status.st_ctime_ns
-        states.append((resolve(parent), name, status.st_size, *times))
-
+    by the images' paths, sizes and times."""
     def read(state):
-        try:
-            return blake2b(Path(files[state]).read_bytes(), digest_size=16).digest()
-        except OSError as error:
-            why = error.strerror or error
-            raise Problem(f"cannot read image {files[state]} ({why}): mend it or take it away"
-                          ) from None
+        return blake2b(Path(files[state]).read_bytes(), digest_size=16).digest()
 
-    files = dict(zip(states, paths))
-    store = Store(folder, "contents of images", states)
-    with ThreadPoolExecutor(8) as pool:
-        for content in pool.map(read, store.missing):
-            store.add(torch.tensor([[*content]], dtype=torch.uint8))
+    states = []
+    try:
+        for path in paths:
+            now = os.stat(path)
+            states.append((*os.path.split(path), now.st_size, now.st_mtime_ns, now.st_ctime_ns))
+        files = dict(zip(states, paths))
+        store = Store(folder, "contents of images", states)
+        with ThreadPoolExecutor(8) as pool:
+            for content in pool.map(read, store.missing):
+                store.add(torch.tensor([[*content]], dtype=torch.uint8))
+    except OSError as error:
+        raise Problem(f"cannot read image {error.filename} ({error.strerror}): mend it or take it "
+                      "away") from None
     return [bytes(row) for row in store.rows().numpy()]
 
 
@@ -191,13 +161,13 @@ class Store:
     """Rows of tensors by name, kept below a folder in pieces, so that a killed run goes on.
 
     A piece is a safetensors file of a few seconds' work, rows (n, ...) and the digests of their n
-    names. It is named by a checksum, appears whole and never changes; any process may add or delete
-    one. Two cold runs at the same moment both compute what they need.
+    names. It is named by a checksum, appears whole and never changes; a damaged one counts as
+    missing. Two cold runs at the same moment both compute what they need. An exception loses
+    SECONDS of work at most, like a kill: `rows` writes what is still waiting.
 
     folder  None: nothing is kept or found
     key     everything that the rows depend on except their names; anything that repr shows whole
-    names   of the rows that are wanted; `missing` are those that have to be added, in this order
-    `rows` writes those that are still waiting; an exception before it loses SECONDS of work."""
+    names   of the rows that are wanted; `missing` are those that have to be added, in this order"""
 
     def __init__(self, folder, key, names):
         self.folder = Path(folder) / digest(key) if folder else None
@@ -208,25 +178,19 @@ class Store:
         self.due = time.monotonic() + SECONDS
 
     def find(self, wanted):
-        """Read the rows that are kept, wanted {digest: name}. Damaged pieces are deleted."""
-        for name in glob.glob("*.safetensors", root_dir=self.folder) if self.folder else []:
-            file = self.folder / name
+        """Read the rows that are kept, wanted {digest: name}."""
+        for file in self.folder.glob("*.safetensors") if self.folder else []:
             try:
-                self.read_piece(file, wanted)
-            except (OSError, MemoryError):                  # another process has deleted it
+                with safe_open(file, "pt") as piece:
+                    held = piece.metadata()["names"].split()
+                    if wanted.keys().isdisjoint(held):
+                        continue
+                    rows = piece.get_tensor("rows")
+            except Exception:               # damaged in some way, or deleted a moment ago
                 continue
-            except Exception:                               # damage can look like anything
-                file.unlink(missing_ok=True)
-
-    def read_piece(self, file, wanted):
-        with safe_open(file, "pt") as piece:
-            held = piece.metadata()["names"].split()
-            if wanted.keys().isdisjoint(held):
-                return
-            rows = piece.get_tensor("rows")
-        if file.stem != self.checksum(held, rows):
-            raise SafetensorError("damaged")
-        self.found.update((wanted[name], row) for name, row in zip(held, rows) if name in wanted)
+            if file.stem == self.checksum(held, rows):
+                self.found.update(
+                    (wanted[name], row) for name, row in zip(held, rows) if name in wanted)
 
     def add(self, rows):
         """Add the rows (n, ...) of the next n missing names. Raises Problem: cannot be written."""
@@ -251,7 +215,7 @@ class Store:
         self.due = time.monotonic() + SECONDS
 
     def rows(self):
-        """Return the rows of all names, in their order, (N, ...); write those that are waiting."""
+        """Write the last rows; return those of all names, in their order, (N, ...)."""
         self.write()
         rows = [self.found[name] for name in self.names]
         return torch.stack(rows) if rows else torch.empty(0)
@@ -265,26 +229,14 @@ def write_whole(file, tensors, metadata=None):
     """Write a safetensors file that appears whole or not at all, and its folder if missing.
 
     Raises Problem if that is impossible."""
-    folder, temporary = Path(file).parent, None
+    part = Path(file).with_name(f".{uuid.uuid4().hex}.part")
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(prefix=".", suffix=".part", dir=folder)
-        os.close(handle)
-        tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
-        save_file(tensors, temporary, metadata)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, file)
+        part.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            save_file({name: x.contiguous() for name, x in tensors.items()}, part, metadata)
+            part.replace(file)
+        finally:
+            part.unlink(missing_ok=True)
     except (OSError, SafetensorError) as error:             # the second when the disk is full
         why = getattr(error, "strerror", None) or error
         raise Problem(f"cannot write {file} ({why})") from None
-    finally:
-        if temporary:
-            Path(temporary).unlink(missing_ok=True)
-
-
-def read_whole(file, flag):
-    """Return the tensors of a safetensors file. Raises Problem if it is none, or damaged."""
-    try:
-        return load(plain_file(file).read_bytes())
-    except (SafetensorError, ValueError) as error:
-        raise Problem(f"{flag} {file}: is damaged ({error})") from None

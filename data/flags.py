@@ -5,17 +5,15 @@ check_flags: with each other; check_protocol, check_names, check_origin: with da
 import argparse
 import copy
 import os
-from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 
-from data.errors import Parser, Problem, count, counts, positive, whole, wholes
-from data.features import read_whole, tensor_digest
-from data.load import check_template, dataset_names, is_embedded, listed
+from data.errors import Parser, Problem, count, list_of, positive, whole
+from data.features import tensor_digest
+from data.load import FOLDER, check_template, dataset_names, is_embedded, listed
 from data.results import records
-from data.weights import TINY_CLIP, backbone_name
 
-SETS = Path(__file__).resolve().parent / "sets"
 
 
 def flags(doc, lr, batch_size, n_ctx, embedded_lr=None):
@@ -30,7 +28,7 @@ def flags(doc, lr, batch_size, n_ctx, embedded_lr=None):
     add = p.add_argument_group("data and CLIP").add_argument
     add("--dataset", type=dataset_names, metavar="NAME,...",
         help="data sets, folders of class folders, or all of 'embedded' or 'papers' (shapes)")
-    add("--data-root", default=str(SETS), metavar="DIR",
+    add("--data-root", default=str(FOLDER), metavar="DIR",
         help="where data sets are, laid out as CoOp's users have them (data/sets)")
     add("--template", type=check_template, metavar="TEXT",
         help="hand-crafted prompt, {} for the class name; several, separated by |, are averaged")
@@ -49,9 +47,9 @@ def flags(doc, lr, batch_size, n_ctx, embedded_lr=None):
         help="classes per pass of the text encoder: fewer, less memory (cpu: 128, cuda: 1024)")
 
     add = p.add_argument_group("training").add_argument
-    add("--shots", type=counts, default=[4], metavar="N,...",
+    add("--shots", type=list_of(count), default=[4], metavar="N,...",
         help="training images per class (4)")
-    add("--seeds", type=wholes, default=[1], metavar="N,...", help="a run for each (1)")
+    add("--seeds", type=list_of(whole), default=[1], metavar="N,...", help="a run for each (1)")
     add("--epochs", type=count, metavar="N",
         help="passes over the training images (50, 100 or 200, by the shots; RESTORE: 10)")
     add("--lr", type=positive, help=f"learning rate ({lr}{also})")
@@ -124,17 +122,17 @@ def take_from(args, origin):
 def settle(args, parser, dataset):
     """Return a copy of the flags for one data set, with the defaults that depend on it."""
     args, embedded = copy.copy(args), is_embedded(dataset)
-    tiny = f"local-dir:{TINY_CLIP}"
     args.dataset = dataset
     usual_lr = parser.learning_rates[embedded]
     args.lr = args.lr or usual_lr
-    args.backbone = args.backbone or (tiny if embedded else "ViT-B-16")
-    if args.backbone == "tiny_clip":
-        args.backbone = tiny
-    local = args.backbone.startswith("local-dir:")
+    if not args.backbone and os.path.isfile(args.pretrained or ""):
+        raise Problem(f"--pretrained {args.pretrained}: wants --backbone, whose name tells the "
+                      "activation: ViT-B-16-quickgelu (as OpenAI's weights) or ViT-B-16")
+    args.backbone = args.backbone or ("tiny_clip" if embedded else "ViT-B-16")
+    local = args.backbone == "tiny_clip" or args.backbone.startswith("local-dir:")
     if local and args.pretrained:
-        raise Problem(f"--pretrained {args.pretrained}: {backbone_name(args.backbone)} holds its "
-                      "own weights; another --backbone takes a tag")
+        raise Problem(f"--pretrained {args.pretrained}: {args.backbone} holds its own weights; "
+                      "another --backbone takes a tag")
     args.pretrained = args.pretrained or ("" if local else "openai")
     cuda = torch.cuda.is_available()        # warns if the driver is too old
     if args.device == "cuda" and not cuda:
@@ -160,8 +158,6 @@ def check_flags(args):
                       "no --base-to-new, no --transfer")
     if {"n_ctx", "ctx_init"} <= {*args.typed} and not args.defaults["ctx_init"] and not args.load:
         raise Problem("--n-ctx beside --ctx-init: the words decide how many tokens are learned")
-    if args.views > 1000:
-        raise Problem(f"--views {args.views}: wants at most 1000")
     runs = [(dataset, shots, seed) for dataset in args.dataset for shots in args.shots
             for seed in args.seeds]
     if len(set(runs)) < len(runs):
@@ -183,8 +179,7 @@ def check_flags(args):
 
 def check_protocol(data, args):
     """Raise Problem where a data set cannot serve the protocol; print its note."""
-    half, labels = (len(data.classnames) + 1) // 2, {item.label for item in data.test}
-    if args.base_to_new and (len(data.classnames) < 4 or min(labels) >= half or max(labels) < half):
+    if args.base_to_new and len(data.classnames) < 4:
         raise Problem(f"{data.name}: --base-to-new needs two classes or more in each half")
     if not data.train and not args.load:
         raise Problem(f"{data.name} has no training images; it is for --transfer or --load")
@@ -195,8 +190,8 @@ def check_protocol(data, args):
 def check_names(clip, args, sets):
     """Raise Problem where two classes have the same prompt; name words that a CLIP has never met.
 
-    ImageNet's published names hold two such pairs: a published data set is only told of. The tiny
-    CLIP's embeddings of words that it has never met are zeros."""
+    Two such pairs of the published ImageNet are let be. The tiny CLIP's embeddings of words that
+    it has never met are zeros."""
     met = clip.text.token_embedding.weight.ne(0).any(-1).tolist()
     texts = [(args.template or "").replace("|", " "), getattr(args, "ctx_init", "") or ""]
     for data in sets:
@@ -204,11 +199,9 @@ def check_names(clip, args, sets):
         for name in data.classnames:
             text = " ".join(name.replace("_", " ").split())
             tokens = tuple(clip.tokenizer.encode(text))
-            if tokens in prompts:
-                line = f"{data.name}: classes {prompts[tokens]!r} and {name!r} have the same prompt"
-                if data.own:
-                    raise Problem(f"{line}; give each class a name of its own")
-                print(line)
+            if data.own and tokens in prompts:
+                raise Problem(f"{data.name}: classes {prompts[tokens]!r} and {name!r} have the "
+                              "same prompt; give each class a name of its own")
             prompts[tokens] = name
             texts.append(text)
     words = dict.fromkeys(word.strip(".,") for text in texts for word in text.split())
@@ -225,7 +218,7 @@ def check_origin(args, method, weights, data):
     learned, classes = {*map(tuple, origin["classes"])}, list(enumerate(data.classnames))
     if origin["method"] != method:
         raise Problem(f"{start}was saved by {origin['method']}, not by {method}")
-    if tensor_digest(read_whole(args.load, "--load")) != origin["tensors"]:
+    if tensor_digest(load_file(args.load)) != origin["tensors"]:
         raise Problem(f"{start}is damaged: its tensors have changed")
     if origin["weights"] != weights:
         name = f"{origin['backbone']} {origin['pretrained']}".strip()

@@ -12,12 +12,13 @@ from itertools import chain
 from operator import attrgetter
 from pathlib import Path
 
-from data.download import is_filled, missing, provide_images, provide_split
-from data.errors import Problem, plain_file
+from data.download import is_filled, provide
+from data.errors import Problem
 from data.world import sets
 
 CATALOGUE = json.loads((Path(__file__).parent / "catalogue.json").read_text(encoding="utf-8"))
-NAMES = [*sets.EMBEDDED, *sets.SHIFTED, *CATALOGUE]
+FOLDER = Path(__file__).resolve().parent / "sets"       # the data root without --data-root
+NAMES = [*sets.SETS, *CATALOGUE]
 SUITES = {"embedded": list(sets.EMBEDDED),
           "papers": [name for name, spec in CATALOGUE.items() if spec["counts"][0]]}  # to train on
 PARTS = ["train", "val", "test"]
@@ -47,14 +48,9 @@ class Data:
 
 def dataset_names(text):
     """An argparse type: data sets, suites and folders, separated by commas, as a list of names."""
-    if "," in text and os.path.isdir(text):
-        return [find_name(text)]
     names = []
     for part in text.split(","):
         names += SUITES.get(part.strip()) or [find_name(part.strip())]
-    for name in names:
-        if names.count(name) > 1:
-            raise Problem(f"{text}: names {name} twice")
     return names
 
 
@@ -63,7 +59,7 @@ def find_name(text):
     if text in NAMES:
         return text
     if os.path.isdir(text):
-        return check_text(str(Path(text).resolve()))
+        return str(Path(text).resolve())
     if os.path.dirname(text):
         raise Problem(f"no such folder: {text[:200]!r}")
     near = difflib.get_close_matches(text, [*NAMES, *SUITES], n=3, cutoff=0.4)
@@ -73,14 +69,14 @@ def find_name(text):
 
 def is_embedded(name):
     """Return whether a data set is one of those that are drawn on first use."""
-    return name in sets.EMBEDDED or name in sets.SHIFTED
+    return name in sets.SETS
 
 
 def find_spec(name):
     """Return what is known of a data set before its files are read."""
     if is_embedded(name):
         return {"kind": "embedded", "images": f"{name}/images",
-                "split": f"{name}/split_{name}.json", "template": sets.template(name)}
+                "split": f"{name}/split_{name}.json", "template": sets.SETS[name].template}
     return CATALOGUE.get(name, {"kind": "own", "template": "a photo of a {}."})
 
 
@@ -108,17 +104,17 @@ def load_data(name, root, template=None):
     root = Path(root).resolve()
     spec = find_spec(name)
     if template:
-        spec = {**spec, "template": check_template(template), "prograd_template": template}
+        spec = {**spec, "template": template, "prograd_template": template}
     try:
-        classnames, rows, origin, note = READERS[spec["kind"]](name, spec, root)
+        classnames, rows, origin = READERS[spec["kind"]](name, spec, root)
     except OSError as error:
         hint = "" if spec["kind"] == "own" else "; --data-root DIR takes another folder"
         where = error.filename or root
         raise Problem(f"{name}: {where}: {error.strerror or error}{hint}") from None
     items = [[Item(*row) for row in rows.get(part, [])] for part in PARTS]
     data = Data(name, classnames, spec["template"],
-                spec.get("prograd_template", spec["template"]), *items, note, origin,
-                own=spec["kind"] == "own")
+                spec.get("prograd_template", spec["template"]), *items,
+                origin=origin, own=spec["kind"] == "own")
     check_classes(data, spec.get("parts", ["train", "test"]))
     counts = [len(part) for part in items]
     if data.own:
@@ -142,21 +138,11 @@ def check_template(text):
     return text
 
 
-def check_text(name):
-    """Return a name from the file system. Raises Problem if it is no text, or holds controls."""
-    if not name.isprintable():
-        raise Problem(f"{name!a} cannot be printed: rename that folder")
-    return name
-
-
 def check_classes(data, parts):
-    """Raise Problem unless every class has a name, and images in each of these parts."""
+    """Raise Problem unless there are two classes, with images of each in all of these parts."""
     if len(data.classnames) < 2:
         raise Problem(f"{data.name}: found {len(data.classnames)} classes, needs two or more; in a "
                       "folder of your own a sub-folder is a class")
-    for classname in data.classnames:
-        if not check_text(classname).replace("_", " ").strip():
-            raise Problem(f"{data.name}: a class has no name ({classname!r})")
     for part in parts:
         found = {item.label for item in getattr(data, part)}
         empty = [name for label, name in enumerate(data.classnames) if label not in found]
@@ -172,50 +158,30 @@ def listed(names):
 
 # ---------------------------------------------------------------- one reader per layout
 #
-# (name, spec, root) -> class names by label, {part: [(path, label), ...]}, origin, note
+# (name, spec, root) -> class names by label, {part: [(path, label), ...]}, origin
 
 def read_published(name, spec, root):
     """Read the images and the split file of one of CoOp's data sets."""
-    images = provide_images(name, spec, root)
-    file = root / spec["split"]
-    rename = spec.get("rename", {})
-    origin, note = PUBLISHED, ""
-    try:
-        provide_split(name, spec, root, check=read_split)
-        names, rows = read_split(file, images)
-    except Problem as problem:
-        if file.exists() or "folders" not in spec:
-            raise missing(name, spec, root, problem) from None
-        names, rows = divide_folders(images, spec.get("ignore", []))
-        found = sum(map(len, rows.values()))
-        if found != sum(spec["counts"]):
-            why = f"{images} has {found} images of {sum(spec['counts'])}"
-            raise missing(name, spec, root, why) from None
-        origin = SEEDED
-        note = f"{SEEDED}, NOT the papers' split: {problem}; that belongs at {file}"
-    return [rename.get(classname, classname) for classname in names], rows, origin, note
+    images = provide(name, spec, root, check=read_split)
+    return *read_split(root / spec["split"], images), PUBLISHED
 
 
 def read_embedded(name, spec, root):
     """Read an embedded data set, which is drawn on first use."""
     sets.build(root, name)
-    return *read_split(root / spec["split"], root / spec["images"]), "embedded", ""
+    return *read_split(root / spec["split"], root / spec["images"]), "embedded"
 
 
 def read_aircraft(name, spec, root):
     """Read FGVC Aircraft: variants.txt, images_variant_{train,val,test}.txt ("0034309 747-400")."""
-    images = provide_images(name, spec, root)
-    names = [line for _, line in read_lines(root / spec["names"])]
-    labels = {variant: label for label, variant in enumerate(names)}
+    images = provide(name, spec, root)
+    names = read_lines(root / spec["names"])
     rows = {part: [] for part in PARTS}
     for part in PARTS:
-        file = images.parent / f"images_variant_{part}.txt"
-        for number, line in read_lines(file):
+        for line in read_lines(images.parent / f"images_variant_{part}.txt"):
             image, _, variant = line.partition(" ")
-            if variant not in labels:
-                raise Problem(f"{file}, line {number}: {line!r} names no variant of variants.txt")
-            rows[part].append((images / f"{image}.jpg", labels[variant]))
-    return names, rows, PUBLISHED, ""
+            rows[part].append((images / f"{image}.jpg", names.index(variant)))
+    return names, rows, PUBLISHED
 
 
 def read_imagenet(name, spec, root):
@@ -223,7 +189,7 @@ def read_imagenet(name, spec, root):
 
     ImageNetV2's folders are numbers of lines of classnames.txt. ImageNet-A and -R have 200 of the
     1000 classes. A shorter classnames.txt selects classes."""
-    images = provide_images(name, spec, root)
+    images = provide(name, spec, root)
     file = root / spec["names"]
     names = read_classnames(file)
     folders = {place.name for place in sub_folders(images)}
@@ -237,7 +203,7 @@ def read_imagenet(name, spec, root):
             raise Problem(f"{images} has {len(names)} of {spec['classes']} class folders: unpack "
                           f"it again, or list the classes that you want in {file}")
     rows = {part: list_classes(images / inner, names) for part, inner in spec["parts"].items()}
-    return list(names.values()), rows, PUBLISHED, ""
+    return list(names.values()), rows, PUBLISHED
 
 
 def read_own(name, spec, root):
@@ -266,7 +232,7 @@ def read_own(name, spec, root):
     unknown = [place for place in rename if place not in names]
     if unknown:
         raise Problem(f"{file}: there is no class folder {listed(unknown)}")
-    return [rename.get(place, place) for place in names], rows, origin, ""
+    return [rename.get(place, place) for place in names], rows, origin
 
 
 READERS = {"split": read_published, "embedded": read_embedded, "aircraft": read_aircraft,
@@ -279,19 +245,17 @@ def read_split(file, images=Path()):
     """Return class names by label and rows of a split file, whose paths start at `images`.
 
     {"train": [["path", 0, "class name"], ...], "val": ..., "test": ...}; "val" may be missing."""
-    names, labels = {}, {}
+    names = {}
     try:
-        split = json.loads(plain_file(file).read_text(encoding="utf-8-sig"))
+        split = json.loads(file.read_text(encoding="utf-8-sig"))
         split = {"train": split["train"], "val": split.get("val", []), "test": split["test"]}
         for path, label, name in chain(*split.values()):
             if type(label) is not int or names.setdefault(label, name) != name:
                 raise ValueError(f"label {label!r} stands for {names.get(label)!r} and {name!r}")
             (path + name).encode()          # both are texts
-            if labels.setdefault(os.path.normpath(path), label) != label:
-                raise ValueError(f"{path} has two labels, one is {label}")
         if sorted(names) != list(range(len(names))):
             raise ValueError(f"labels are not 0, 1, 2, ... but {sorted(names)[:5]} ...")
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise Problem(f'{file}: not a split file like {{"train": [["path", 0, "name"], ...], "val":'
                       f' ..., "test": ...}} ({error})') from None
     for part in PARTS:
@@ -299,11 +263,11 @@ def read_split(file, images=Path()):
     return [names[label] for label in range(len(names))], split
 
 
-def divide_folders(folder, ignore=()):
+def divide_folders(folder):
     """Return class names and rows of class folders: 50% train, 20% val, 30% test of each class.
 
     The same every time. Of two images one is for train and one for test."""
-    places = [place for place in class_folders(folder) if place.name not in ignore]
+    places = class_folders(folder)
     rows = {part: [] for part in PARTS}
     rng = random.Random(1)
     for label, place in enumerate(places):
@@ -320,13 +284,8 @@ def find_parts(folder):
     """Return {"train": its folder, "test": ...} of a folder that is divided so, else {}.
 
     val is the test set where no folder is called test."""
-    parts = {}
-    for place in sub_folders(folder):
-        part = PART_OF.get(place.name.lower())
-        if part in parts:
-            raise Problem(f"{folder}: {parts[part].name} and {place.name} are both for {part}")
-        if part:
-            parts[part] = place
+    parts = {PART_OF.get(place.name.lower()): place for place in sub_folders(folder)}
+    parts.pop(None, None)
     if "val" in parts and "test" not in parts:
         parts["test"] = parts.pop("val")
     return parts if "train" in parts and "test" in parts else {}
@@ -379,18 +338,18 @@ def scan(folder):
 def read_classnames(file):
     """Return {folder: class name} of the lines "n01440764 tench" of a file, in their order."""
     names = {}
-    for number, line in read_lines(file):
+    for line in read_lines(file):
         words = line.split(maxsplit=1)
         if len(words) < 2 or words[0] in names:
-            raise Problem(f"{file}, line {number}: {line!r} is not a new folder and its class name")
+            raise Problem(f"{file}: {line!r} is not a new folder and its class name")
         names[words[0]] = words[1]
     return names
 
 
 def read_lines(file):
-    """Return the lines of a text file with their numbers, without blank ones."""
+    """Return the lines of a text file, without blank ones."""
     try:
-        lines = plain_file(file).read_text(encoding="utf-8-sig").splitlines()
+        lines = file.read_text(encoding="utf-8-sig").splitlines()
     except UnicodeDecodeError as error:
         raise Problem(f"{file}: is not text ({error})") from None
-    return [(number, line.strip()) for number, line in enumerate(lines, 1) if line.strip()]
+    return [line.strip() for line in lines if line.strip()]

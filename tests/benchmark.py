@@ -91,7 +91,7 @@ def full_text(clip, shared, own):
     x, last = full_pad([[*shared, *parts] for parts in own])
     text = clip.text
     x = text.transformer(x + text.positional_embedding, attn_mask=text.attn_mask)
-    x = common.text_feature(text, x[torch.arange(len(x)), last])
+    x = text.ln_final(x[torch.arange(len(x)), last]) @ text.text_projection
     return F.normalize(x.float(), dim=-1)
 
 

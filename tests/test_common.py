@@ -17,6 +17,7 @@ from torchvision.transforms import InterpolationMode
 import common
 import coop
 from common import Item
+from data.weights import TINY_CLIP
 
 
 # ---------------------------------------------------------------- few-shot samples, halves
@@ -80,7 +81,7 @@ def some(tmp_path):
 
 
 def test_zero_shot_logits_are_open_clips(tiny, some):
-    model, _, transform = open_clip.create_model_and_transforms(f"local-dir:{common.TINY_CLIP}")
+    model, _, transform = open_clip.create_model_and_transforms(f"local-dir:{TINY_CLIP}")
     pixels = torch.stack([transform(Image.open(item.path)) for item in some.test])
     texts = [f"a photo of a {name}.".replace("_", " ") for name in NAMES]
     f, w, logit_scale = model(pixels, tiny.tokenizer(texts))

@@ -5,7 +5,6 @@ import http.server
 import io
 import json
 import os
-import stat
 import tarfile
 import threading
 import zipfile
@@ -30,14 +29,10 @@ class Server(http.server.BaseHTTPRequestHandler):
         if body is None:
             self.send_error(404)
             return
-        tag = f'"{hashlib.md5(body).hexdigest()}"'
         start = int(self.headers.get("Range", "bytes=0-")[6:].rstrip("-"))
-        if self.headers.get("If-Range", tag) != tag:
-            start = 0
         self.asked.append((self.path, start))
         self.send_response(206 if start else 200)
         self.send_header("Content-Length", str(len(body) - start))
-        self.send_header("ETag", tag)
         self.end_headers()
         self.wfile.write(body[start:len(body) // 2 if self.cut else None])
         type(self).cut = False
@@ -72,14 +67,12 @@ def publish(count):
     CATALOGUE["eurosat"]["archive"]["md5"] = hashlib.md5(archive).hexdigest()
 
 
-def make_zip(contents, mode=0o100644):
+def make_zip(contents):
     """The bytes of a zip archive of {path: content}."""
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w") as archive:
         for path, content in contents.items():
-            info = zipfile.ZipInfo(path)
-            info.external_attr = mode << 16
-            archive.writestr(info, content)
+            archive.writestr(path, content)
     return buffer.getvalue()
 
 
@@ -110,14 +103,12 @@ def test_several_runs_at_once_download_verify_and_unpack_once(server, tmp_path, 
     assert left_in(tmp_path / "root/eurosat") == ["2750", "split_zhou_EuroSAT.json"]
 
 
-@pytest.mark.parametrize("changed", [False, True])
-def test_a_broken_download_goes_on_unless_its_source_has_changed(server, tmp_path, changed):
+def test_a_broken_download_goes_on_where_it_stopped(server, tmp_path):
     server.cut, half = True, len(server.content["/eurosat.zip"]) // 2
     refuse("eurosat", tmp_path, "broke", "run again to go on from there")
     assert not (tmp_path / "eurosat").exists()
-    publish(3 if changed else 2)
     assert load_data("eurosat", tmp_path).test
-    assert server.asked[:2] == [("/eurosat.zip", 0), ("/eurosat.zip", 0 if changed else half)]
+    assert server.asked[:2] == [("/eurosat.zip", 0), ("/eurosat.zip", half)]
     assert left_in(tmp_path) == ["eurosat"]
 
 
@@ -141,29 +132,23 @@ def test_an_incomplete_folder_is_named_before_the_download(tmp_path, monkeypatch
         load_data("fgvc_aircraft", tmp_path)
 
 
-def test_without_the_split_file_a_seeded_split_of_all_images_is_made_and_said(server, tmp_path):
+def test_what_is_no_split_file_is_not_kept(server, tmp_path):
     server.content["/drive/split"] = b"<html>too many downloads</html>"
-    data = load_data("eurosat", tmp_path)
-    assert data.origin == "seeded 50/20/30 split" and "NOT the papers' split" in data.note
+    refuse("eurosat", tmp_path, "not the file that was expected", "eurosat/split_zhou_EuroSAT.json")
     assert left_in(tmp_path / "eurosat") == ["2750"]
-    CATALOGUE["eurosat"]["counts"] = [3, 0, 3]
-    refuse("eurosat", tmp_path, "has 4 images of 6")
 
 
 # ---------------------------------------------------------------- archives
 
-LINK, OUTSIDE = "neither a file nor a folder", "would land outside"
-
-
 @pytest.mark.parametrize("content, words", [
-    (make_tar("images/a", tarfile.SYMTYPE, "images"), LINK),
-    (make_tar("images/a", tarfile.LNKTYPE, "images"), LINK),
-    (make_zip({"images": "/etc"}, stat.S_IFLNK | 0o777), LINK),
-    (make_tar("../../evil"), OUTSIDE),
-    (make_tar(os.path.abspath("evil")), OUTSIDE),
-    (make_zip({"../../evil": ""}), OUTSIDE),
+    (make_tar("images/a", tarfile.SYMTYPE, "images"), "'images/a' is a link"),
+    (make_tar("images/a", tarfile.LNKTYPE, "images"), "'images/a' is a link"),
+    (make_tar("images/a", tarfile.FIFOTYPE), "is a special file"),
+    (make_tar("../../evil"), "outside the destination"),
+    (make_tar(os.path.abspath("evil")), "holds no images"),             # it landed inside
+    (make_zip({"../../evil": ""}), "holds no images"),
     (make_tar("images", mode="w:gz")[:-8] + bytes(8), "not an archive that can be unpacked (CRC")])
-def test_archives_that_are_damaged_or_hold_links_or_reach_outside_are_refused(
+def test_archives_that_are_damaged_or_hold_links_or_reach_outside_leave_nothing(
         tmp_path, content, words):
     (tmp_path / "a").write_bytes(content)
     (tmp_path / "deep").mkdir()

@@ -85,7 +85,7 @@ def test_only_a_file_of_the_same_kind_is_replaced(cli, tmp_path):
 
 def test_places_where_nothing_can_be_written_are_found_first(cli, tmp_path):
     (tmp_path / "text").write_text("my thesis\n")
-    refused(cli("coop", *QUICK, save=tmp_path), f"--save {tmp_path}: neither new nor a plain file")
+    refused(cli("coop", *QUICK, save=tmp_path), f"--save {tmp_path}: is no plain file")
     refused(cli("coop", *QUICK, save=tmp_path / "text/new"), "--save", "cannot write there")
     refused(cli("coop", *QUICK, cache=tmp_path / "text"), "--cache", tmp_path / "text")
 
@@ -98,8 +98,7 @@ def test_a_method_that_trains_on_pixels_is_not_exported(cli, tmp_path, monkeypat
 # ---------------------------------------------------------------- lines of results
 
 def test_odd_lines_are_passed_over_and_counted(tmp_path):
-    changes = [{"seed": None}, {"accuracy": "60"}, {"protocol": "base-to-new"}]
-    lines = [*(json.dumps(record(**change)) for change in changes), "null", "{", "[" * 9999, "\xff"]
+    lines = [json.dumps(record(protocol="base-to-new")), "null", "{}", "{", "\xff"]
     text = "\n".join([*lines, "", json.dumps(record(seed=2))])
     (tmp_path / "odd.jsonl").write_bytes(text.encode("latin-1"))
     found, odd = records.read(tmp_path / "odd.jsonl")
@@ -132,7 +131,7 @@ def test_lines_of_several_processes_do_not_mix(tmp_path):
     (OSError(errno.ENOSPC, "No space left on device"), 2, "No space left on device"),
     (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"), 2,
      "out of memory: use a smaller --class-chunk"),
-    (torch.OutOfMemoryError("CUDA out of memory.\nTried"), 2, "out of GPU memory")])
+    (torch.OutOfMemoryError("CUDA out of memory.\nTried"), 2, "out of memory: use a smaller")])
 def test_a_command_ends_in_one_line(cli, monkeypatch, error, status, words):
     def train(prompt, run):
         raise error

@@ -12,13 +12,14 @@ import torch
 from conftest import make_images
 from PIL import Image
 from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torchvision.transforms import (
     Compose, Normalize, PILToTensor, RandomHorizontalFlip, RandomResizedCrop, ToTensor)
 
 from data import features
 from data.errors import Problem
 from data.features import (
-    Store, digest_files, load_pixels, normalize, read_image, read_whole, tensor_digest, write_whole)
+    Store, digest_files, load_pixels, normalize, read_image, tensor_digest, write_whole)
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 CROP = [RandomResizedCrop(24, (0.08, 1), interpolation=3), RandomHorizontalFlip()]
@@ -87,12 +88,11 @@ def test_own_transparent_images_are_put_on_white(tmp_path, mode):
     assert colours == [(0, 0, 0), (255, 255, 255)]
 
 
-@pytest.mark.parametrize("top, dtype", [(65535, np.uint16), (1, np.float32), (255, np.float32)])
-def test_grey_values_are_scaled_to_8_bits(tmp_path, top, dtype):
-    grey = np.linspace(0, 1, 30 * 40).reshape(30, 40)
-    Image.fromarray((grey * top).astype(dtype)).save(tmp_path / "grey.tif")
-    found = np.asarray(read_image(tmp_path / "grey.tif")[1], dtype=float)
-    assert found.shape == (30, 40, 3) and np.abs(found - 255 * grey[..., None]).max() <= 1
+@pytest.mark.parametrize("dtype", [np.uint16, np.float32])
+def test_grey_values_of_more_than_8_bits_are_refused(tmp_path, dtype):
+    Image.fromarray(np.ones((30, 40), dtype)).save(tmp_path / "grey.tif")
+    with pytest.raises(Problem, match="grey.tif .*: convert it to 8 bits"):
+        read_image(tmp_path / "grey.tif")
 
 
 # ---------------------------------------------------------------- the cache
@@ -133,12 +133,12 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_piece_is_deleted_and_made_anew(tmp_path, damage):
+def test_a_damaged_piece_is_made_anew(tmp_path, damage):
     fill(tmp_path, 0, 1)
     (file,) = tmp_path.glob("*/*.safetensors")
     content = file.read_bytes()
     file.write_bytes(DAMAGES[damage](content))
-    assert Store(tmp_path, "key", [0, 4]).missing == [0, 4] and not file.exists()
+    assert Store(tmp_path, "key", [0, 4]).missing == [0, 4]
     assert fill(tmp_path, 0, 1) == [0, 1] and file.read_bytes() == content
 
 
@@ -151,14 +151,12 @@ def test_only_changed_files_are_digested_again(paths, tmp_path, monkeypatch):
     shutil.copy(paths[1], paths[0])
     read, read_bytes = [], Path.read_bytes
     monkeypatch.setattr(Path, "read_bytes", lambda file: read.append(file.name) or read_bytes(file))
-    monkeypatch.chdir(paths[0].parent)
-    names = [path.name for path in paths]
-    assert digest_files(names, tmp_path / "cache") == [first[1], *first[1:10]]
-    assert read == names[:1]
+    assert digest_files(paths, tmp_path / "cache") == [first[1], *first[1:10]]
+    assert read == [paths[0].name]
 
 
 def test_a_missing_image_is_named(tmp_path):
-    with pytest.raises(Problem, match=f"missing image {tmp_path}/gone.jpg: No such file"):
+    with pytest.raises(Problem, match=f"cannot read image {tmp_path}/gone.jpg .No such file"):
         digest_files([tmp_path / "gone.jpg"], None)
 
 
@@ -180,4 +178,4 @@ def test_a_file_that_cannot_be_written_whole_leaves_the_old_one(tmp_path, monkey
     with pytest.raises(Problem, match=f"cannot write {tmp_path}/new/a .No space left on device"):
         write_whole(tmp_path / "new/a", {"x": ROWS})
     assert os.listdir(tmp_path / "new") == ["a"]
-    assert torch.equal(read_whole(tmp_path / "new/a", "--load")["x"], ROWS.T)
+    assert torch.equal(load_file(tmp_path / "new/a")["x"], ROWS.T)

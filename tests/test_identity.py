@@ -3,7 +3,6 @@
 from dataclasses import replace
 
 import pytest
-import torch
 from conftest import make_images
 from test_runs import QUICK, TINY, copy_clip
 
@@ -103,12 +102,3 @@ def test_a_run_is_recorded_before_it_is_printed(cli, tmp_path, monkeypatch):
     with pytest.raises(ZeroDivisionError):      # a mistake in the code keeps its traceback
         cli("coop", *QUICK)
     assert len(records.read(tmp_path / "results.jsonl")[0]) == 1
-
-
-def test_a_mean_is_over_runs_that_differ_in_the_seed_only(cli):
-    run = cli("coop", *QUICK, "--seeds", "1,2,3", "--lr", 0.1)
-    values = torch.tensor([record["accuracy"] for record in run.records]).double()
-    assert "mean ± std over 3 seeds" in run.out
-    assert f"{values.mean():.1f} ± {values.std():.1f}" in run.out
-    run = cli("coop", "--epochs", 1, "--views", 1, "--shots", "1,2", "--dataset", "shapes,forms")
-    assert len(run.records) == 4 and "±" not in run.out

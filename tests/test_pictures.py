@@ -11,8 +11,6 @@ from test_tables import printed, record     # noqa: F401 (a fixture)
 
 def axes_of(question, found):
     """The axes that a question draws of made-up records, which it can answer."""
-    for line, r in enumerate(found):
-        r["line"] = line
     cells = arrange(name_rows(keep_one_version(flatten(found))[0]))
     _, _, some, means = next(pictures.views(cells))
     figure = Figure()

@@ -8,10 +8,11 @@ from safetensors.torch import load_file, save_file
 
 import common
 import coop
+from data.weights import TINY_CLIP
 
 QUICK = ("--epochs", 1, "--views", 1, "--shots", 1)
 METHODS = ["coop", "prograd", "mvp_mi", "restore"]
-TINY = f"local-dir:{common.TINY_CLIP}"
+TINY = "tiny_clip"
 
 
 def refused(run, *words):
@@ -23,7 +24,7 @@ def refused(run, *words):
 
 def copy_clip(folder, change):
     """Copy the tiny CLIP to a folder, with a change added to a weight; return its --backbone."""
-    file = shutil.copytree(common.TINY_CLIP, folder) / "open_clip_model.safetensors"
+    file = shutil.copytree(TINY_CLIP, folder) / "open_clip_model.safetensors"
     tensors = load_file(file)
     tensors["text_projection"] += change
     save_file(tensors, file)
@@ -81,7 +82,7 @@ def test_a_class_is_predicted_from_a_prompt_file_alone(cli, tmp_path, root):
     loaded = cli("coop", "--predict", image, load=tmp_path / "saved", data_root=tmp_path / "none")
     assert loaded.status == 0 and not loaded.records and not (tmp_path / "none/shapes").exists()
     assert loaded.out in trained.out and "red heart" in loaded.out
-    lines = [line.split() for line in loaded.out.splitlines()[2:]]
+    lines = [line.split() for line in loaded.out.splitlines()[3:]]
     assert len(lines) == 5 and float(lines[0][2]) >= float(lines[1][2])
 
 
@@ -135,10 +136,10 @@ def test_a_damaged_prompt_is_refused_even_if_its_run_is_recorded(cli, saved):
 def test_what_is_no_prompt_is_refused(cli, tmp_path):
     (tmp_path / "text").write_text("text")
     refused(cli("coop", load=tmp_path / "text"), "text", "no prompt")
-    weights = common.TINY_CLIP / "open_clip_model.safetensors"
+    weights = TINY_CLIP / "open_clip_model.safetensors"
     refused(cli("coop", load=weights), weights, "no prompt")
-    refused(cli("coop", load=tmp_path), f"--load {tmp_path}: is a folder")
-    refused(cli("coop", load=tmp_path / "none"), "--load", "none: No such file")
+    refused(cli("coop", load=tmp_path), f"--load {tmp_path}: there is no such file")
+    refused(cli("coop", load=tmp_path / "none"), "--load", "none: there is no such file")
 
 
 # ---------------------------------------------------------------- the runs of a command
@@ -164,7 +165,6 @@ def test_a_data_set_or_a_run_that_fails_does_not_end_the_others(cli, tmp_path, m
     assert run.status == 2 and [record["seed"] for record in run.records] == [1, 3]
     last = run.err.splitlines()[-1]
     assert "2 failed" in last and f"{tmp_path}/mine" in last and "seed 2" in last, run.err
-    assert "over 2 seeds" in run.out
 
 
 def test_a_failure_does_not_stop_the_other_processes_of_torchrun(cli, tmp_path, monkeypatch):
@@ -192,5 +192,5 @@ def test_a_bad_image_is_found_before_the_training(cli, mine, monkeypatch):
 @pytest.mark.parametrize("method", METHODS)
 def test_a_training_that_diverges_says_so(cli, tmp_path, method):
     flags = ("--epochs", 3, "--views", 1, "--shots", 1, "--lr", 1e30)
-    refused(cli(method, *flags, save=tmp_path / "saved"), "epoch", "loss", "smaller --lr")
+    refused(cli(method, *flags, save=tmp_path / "saved"), "not finite", "smaller --lr")
     assert not (tmp_path / "saved").exists()

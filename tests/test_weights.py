@@ -53,13 +53,13 @@ def test_openai_torchscript_files_are_loaded_with_quickgelu(small, tmp_path):
         openai.register_buffer(name, torch.tensor(value))       # as in OpenAI's
     inputs = torch.zeros(1, 3, 32, 32), torch.zeros(1, 77, dtype=torch.long)
     torch.jit.trace(openai, inputs, check_trace=False).half().save(file)
-    found = weights.create("test-clip", str(file), chosen=False)
+    found = weights.create("test-clip", str(file))
     assert found["activation"] == "QuickGELU" and same_weights(found["model"], small)
 
 
-def test_a_file_that_does_not_tell_its_activation_asks_for_it(small, checkpoint):
-    with pytest.raises(Problem, match="--backbone test-clip-quickgelu .*or --backbone test-clip$"):
-        weights.create("test-clip", checkpoint, chosen=False)
+def test_a_file_wants_a_typed_backbone_which_tells_its_activation(checkpoint, cli):
+    run = cli("coop", dataset="eurosat", pretrained=checkpoint)
+    assert run.status == 2 and "wants --backbone" in run.err and "quickgelu" in run.err
 
 
 def test_a_typed_backbone_tells_the_activation_and_gelu_is_said(small, checkpoint, capfd):
@@ -126,6 +126,7 @@ def test_missing_weights_without_a_network_name_the_ways_out(monkeypatch, tmp_pa
     from huggingface_hub import constants
     monkeypatch.setattr(urllib.request, "urlopen", unreachable)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(Problem, match="cannot be reached .*--backbone local-dir:.*"
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)     # is set, and set back at the end
+    with pytest.raises(Problem, match="cannot load ViT-B-16 openai: .*--pretrained FILE, .*"
                                       "tiny_clip .*--pretrained random, or `python prograd"):
         weights.create("ViT-B-16", "openai")

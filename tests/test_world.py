@@ -55,7 +55,7 @@ def test_processes_that_build_at_once_draw_one_set_and_the_same_as_any_other(tmp
     processes = [subprocess.Popen(command, cwd=sets.HERE.parents[1]) for _ in range(2)]
     assert [process.wait() for process in processes] == [0, 0]
     split = json.loads((tmp_path / "places" / "split_places.json").read_text())
-    for name, row in zip(sets.class_names("places"), split["test"], strict=True):
+    for name, row in zip(sets.SETS["places"].classes, split["test"], strict=True):
         image = Image.open(tmp_path / "places" / "images" / row[0])
         assert row[2] == name and image.tobytes() == sets.draw_image("places", name, 2).tobytes()
 
@@ -66,7 +66,7 @@ def test_a_set_that_is_there_stays_and_one_of_other_code_is_drawn_anew(tmp_path,
     (tmp_path / "forms" / "mark").touch()
     sets.build(tmp_path, "forms")
     assert (tmp_path / "forms" / "mark").exists()
-    monkeypatch.setattr(sets, "make_stamp", lambda: "other")
+    monkeypatch.setattr(sets, "code_digest", lambda *files: "other")
     sets.build(tmp_path, "forms")
     assert not (tmp_path / "forms" / "mark").exists()
 

@@ -23,9 +23,9 @@ MOVES = {"KL new": "KL from zero-shot CLIP, new classes (nats)",
 
 
 def draw(cells, folder):
-    """Draw what the cells can answer, as PNG files; yield (file, title)."""
-    questions = [accuracy_over_shots, base_against_new, change_by_data_set, over_training,
-                 gap_against_gain]
+    """Draw what the cells can answer, as PNG files in a folder; yield (file, title)."""
+    questions = [
+        accuracy_over_shots, base_against_new, change_by_data_set, over_training, gap_against_gain]
     drawn, cells = set(), [c for c in cells if not c.table.transfer]
     for name, about, some, means in views(cells):
         for question in questions:
@@ -47,15 +47,13 @@ def draw(cells, folder):
 
 def views(cells):
     """Yield (file name, title, cells, averages) of each comparison, or of each data set alone."""
-    comparisons = {}
-    for c in cells:
-        comparisons.setdefault(c.table[:2], []).append(c)
-    for (suite, about), some in comparisons.items():
+    for (suite, about), some in group(cells, "table.suite", "table.about").items():
         protocol = about.split(", ")[-1]
         means = [c for part in group(some, "table").values() for c in average_rows(part)[0]]
         if means:
             yield f"{suite.split()[0]} {protocol}", f"average of {suite}, {about}", some, means
-        for (dataset,), part in group(some, "dataset").items() if not means else ():
+            continue
+        for dataset, part in group(some, "dataset").items():
             yield f"{dataset} {protocol}", f"{dataset}, {about}", part, part
 
 
@@ -123,9 +121,9 @@ def accuracy_over_shots(figure, cells, means):
     if cells[0].table.shots:                        # base to new
         return None
     axes, ticks, styles = figure.subplots(), sorted({c.shots for c in means}), style_rows(cells)
-    for k, ((row,), some) in enumerate(group(means, "row").items()):
+    for k, (row, some) in enumerate(group(means, "row").items()):
         points = group(some, "shots")
-        shots = [math.log2(n) + 0.02 * k for n, in points]      # side by side
+        shots = [math.log2(n) + 0.02 * k for n in points]       # side by side
         axes.errorbar(shots, *zip(*map(center, points.values())), capsize=3, **styles[row])
     axes.set_xticks([math.log2(n) for n in ticks], ticks)
     axes.set(xlabel="training images per class (shots)", ylabel="accuracy, all classes (%)")
@@ -138,7 +136,7 @@ def base_against_new(figure, cells, means):
         return None
     axes, styles = figure.subplots(), style_rows(cells)
     for (row, shots), some in group(means, "row", "shots").items():
-        (x, dx), (y, dy) = (center(group(some, "column")[part,]) for part in ("base", "new"))
+        (x, dx), (y, dy) = (center(group(some, "column")[part]) for part in ("base", "new"))
         axes.errorbar(x, y, dy, dx, capsize=2, markersize=8, **{**styles[row], "linestyle": ""})
         name = shots if some[0].seed is not None else ""        # zero-shot CLIP has no shots
         axes.annotate(name, (x, y), (7, 5), textcoords="offset points", fontsize=7)
@@ -159,7 +157,7 @@ def change_by_data_set(figure, cells, means):
     figure.set_size_inches(max(6.4, 2 + 0.8 * len(datasets)), 4.3)
     axes = figure.subplots()
     rows = list(group(found, "row"))
-    for k, (row,) in enumerate(rows):
+    for k, row in enumerate(rows):
         there = [x for x, dataset in enumerate(datasets) if (row, dataset) in places]
         points = [center(places[row, datasets[x]]) for x in there]
         places_x = [x + 0.8 * ((k + 0.5) / len(rows) - 0.5) for x in there]     # side by side

@@ -1,9 +1,6 @@
-"""What a run prints: its accuracies, means over seeds, predictions for single images."""
+"""What a run prints: its accuracies, and predictions for single images."""
 
-import os
-import statistics
-
-from data.results import records
+from data.results import tables
 
 
 def show(title, record, note):
@@ -16,30 +13,11 @@ def show(title, record, note):
                  record["kl"]["all classes"])]
     rows += [(name, target["zero_shot"], target["accuracy"], None)
              for name, target in record["transfer"].items()]
-    width = max(34, len(title), *(2 + len(row[0]) for row in rows))
-    print(f"{title:<{width}} zero-shot {record['method']:>9}  KL to zero-shot")
+    grid = [["", "zero-shot", record["method"], "KL to zero-shot"]]
     for name, zero_shot, accuracy, kl in rows:
-        tail = f"{kl:17.2f}" if kl is not None else ""
-        print(f"{'  ' + name:<{width}} {zero_shot:9.1f} {accuracy:9.1f}{tail}")
-    print(f"  {note}")
-
-
-def show_means(out, ids):
-    """Print mean ± std over seeds of those of the runs that differ in nothing else."""
-    groups = {}
-    for record in {record["run"]: record for record in records.read(out)[0]}.values():
-        if record["run"] in ids:
-            key = record["setting"], record["data"], record["shots"]
-            groups.setdefault(key, []).append(record)
-    for found in groups.values():
-        if len(found) > 1:
-            first = found[0]
-            print(f"{first['dataset']}, {first['shots']}-shot: "
-                  f"mean ± std over {len(found)} seeds of {first['method']}")
-            for name in records.SCORES[first["protocol"]]:
-                values = [record[name] for record in found]
-                mean, std = statistics.mean(values), statistics.stdev(values)
-                print(f"  {name:<20} {mean:6.1f} ± {std:.1f}")
+        tail = "" if kl is None else f"{kl:.2f}"
+        grid.append([name, f"{zero_shot:.1f}", f"{accuracy:.1f}", tail])
+    tables.show(title, grid, [note])
 
 
 def show_predictions(method, files, classnames, zero_shot, ours):
@@ -47,10 +25,9 @@ def show_predictions(method, files, classnames, zero_shot, ours):
 
     zero_shot, ours  (values, places) of the largest probabilities, (files, top) each"""
     names = [name.replace("_", " ") for name in classnames]
-    width = max(map(len, [*names, method])) + 1
     columns = [tensor.tolist() for pair in (ours, zero_shot) for tensor in pair]
     for file, *rows in zip(files, *columns):
-        name = os.fsencode(file).decode(errors="replace")
-        print(f"{name}\n  {method:<{width + 8}}zero-shot")
+        grid = [[method, "", "zero-shot", ""]]
         for p, k, q, j in zip(*rows):
-            print(f"  {names[k]:<{width}} {100 * p:5.1f}  {names[j]:<{width}} {100 * q:5.1f}")
+            grid.append([names[k], f"{100 * p:.1f}", names[j], f"{100 * q:.1f}"])
+        tables.show(file, grid)

@@ -8,20 +8,19 @@ import shlex
 import sys
 from collections import Counter, namedtuple
 from itertools import product
+from operator import attrgetter
 from pathlib import Path
 from statistics import fmean, harmonic_mean, mode, stdev
 
 from data.errors import Parser, Problem
-from data.load import NAMES, PUBLISHED, SUITES, is_embedded, list_data, listed
+from data.load import FOLDER, NAMES, PUBLISHED, SUITES, is_embedded, list_data, listed
 from data.results import records
 
 HERE = Path(__file__).resolve().parent
-SETS = HERE.parent / "sets"
-COLUMNS = ["base", "new", "H", "KL base", "KL new", "shift gap"]    # few-shot: "4 shots", ...
-OTHER_UNITS = COLUMNS[3:]                                           # the others are percentages
+OTHER_UNITS = ["KL base", "KL new", "shift gap"]        # the other columns are percentages
 # suite "embedded data sets", about "tiny_clip, base-to-new", shots "4 shots" ("" for few-shot)
 Table = namedtuple("Table", "suite about shots transfer", defaults=[False])
-# seed None: zero-shot CLIP; data: zero-shot CLIP's row here and at the source, digest of the data
+# seed None: zero-shot CLIP; data: digests of the weights and of the data
 Cell = namedtuple("Cell", "table row column dataset shots seed value data record remark")
 
 
@@ -36,13 +35,13 @@ def main(argv=None):
     add("--markdown", action="store_true", help="tables in Markdown")
     add("--plot", action="store_true", help="draw pictures into the folder of the result lines")
     add("--data", action="store_true", help="list the data sets: images, template, folder")
-    add("--data-root", default=str(SETS), metavar="DIR", help="where they are (data/sets)")
+    add("--data-root", default=str(FOLDER), metavar="DIR", help="where they are (data/sets)")
     args = p.parse_args(argv)
     if args.data:
         return list_data(args.data_root)
 
     found = read(args.file)
-    cells, notes = keep_one_version(flatten(found))
+    cells, old = keep_one_version(flatten(found))
     cells = arrange(name_rows(cells))
     newest = {c.table[:2] for c in cells if c.record is found[-1]}
     shown = [c for c in cells if args.all or c.table[:2] in newest]
@@ -51,16 +50,17 @@ def main(argv=None):
     rows = dict.fromkeys(c.row for c in shown)
     if args.against and args.against not in rows:
         raise Problem(f"--against {args.against}: no such row here; there are {', '.join(rows)}")
-    make = list_classes if args.classes else list_tables
-    for table, title, grid in make(shown, notes, args):
-        show(title, grid, notes.pop(table, []), args.markdown)
+    make = list_classes(shown) if args.classes else list_tables(shown, args)
+    for title, grid, notes in make:
+        show(title, grid, notes, args.markdown)
+    if old:
+        print(f"\nleft out: {plural(old, 'older run')} on other images, classes or weights")
     if args.plot:
         from data.results import pictures
         for file, title in pictures.draw(shown, Path(args.file).parent):
             print(f"{file}: {title}")
     if not args.all:
-        others = len({c.table[:2] for c in cells} - newest)
-        print(f"\n--all shows each data set and {plural(others, 'other comparison')}")
+        print("\n--all shows each data set, and all comparisons")
 
 
 def plural(n, word):
@@ -68,10 +68,11 @@ def plural(n, word):
 
 
 def group(cells, *names):
-    """Return {values of these attributes: cells}, in the order of the cells."""
+    """Return {value of an attribute, or tuple of several: cells}, in the order of the cells."""
     groups = {}
+    key = attrgetter(*names)
     for c in cells:
-        groups.setdefault(tuple(getattr(c, name) for name in names), []).append(c)
+        groups.setdefault(key(c), []).append(c)
     return groups
 
 
@@ -92,30 +93,32 @@ def read(file):
     if not found:
         raise Problem(f"{file}: no results yet; every run of a method adds a line there")
     ends = Counter(Path(name).name for name in {*NAMES, *(r["dataset"] for r in found)})
-    for line, r in enumerate(found):
+    for r in found:
         end = Path(r["dataset"]).name
-        r.update(line=line, dataset=end if ends[end] == 1 else r["dataset"])
+        r["dataset"] = end if ends[end] == 1 else r["dataset"]
     return found
 
 
 def flatten(found):
-    """Return the cells of records, oldest first: of the method and of zero-shot CLIP."""
-    weights = {(r["backbone"], r["pretrained"]): r["weights"] for r in found}       # the newest
+    """Return the cells of records, oldest first: of the method and of zero-shot CLIP.
+
+    Flags of the test, such as --template, change zero-shot CLIP too: another comparison."""
     cells = []
     for r in found:
-        about = f"{r['backbone']} {r['pretrained']}".strip()
-        if r["weights"] != weights[r["backbone"], r["pretrained"]]:
-            about += f" [{r['weights'][:6]}]"
-        row = name_row(r["method"], r["changed"])
-        for table, dataset, data, scores in measure(r, f"{about}, {r['protocol']}"):
+        flags = dict(r["changed"])
+        of_test = {name: flags.pop(name) for name in records.OF_A_TEST if name in flags}
+        clip = name_row(f"{r['backbone']} {r['pretrained']}".strip(), of_test)
+        row = name_row(r["method"], flags)
+        for table, dataset, data, scores in measure(r, f"{clip}, {r['protocol']}"):
             for column, (value, zero_shot) in scores.items():
-                c = Cell(table, row, column, dataset, r["shots"], r["seed"], value, data, r, "")
-                cells += [c, c._replace(row=data[0], seed=None, value=zero_shot)]
+                c = Cell(table, row, column, dataset, r["shots"], r["seed"], value,
+                         r["weights"] + data, r, "")
+                cells += [c, c._replace(row="zero-shot", seed=None, value=zero_shot)]
     return [c for c in cells if c.value is not None]
 
 
 def measure(r, about):
-    """Yield a record's table, data set, its data and {column: (value, zero-shot CLIP's)}."""
+    """Yield a record's table, data set, digest of it and {column: (value, zero-shot CLIP's)}."""
     shots, suite = plural(r["shots"], "shot"), r["dataset"]         # a data set of one's own
     if r["dataset"] in NAMES:
         suite = f"{'embedded' if is_embedded(r['dataset']) else 'papers'} data sets"
@@ -127,16 +130,12 @@ def measure(r, about):
         scores = {"base": (r["base"], r["zero_shot_base"]), "new": (r["new"], r["zero_shot_new"]),
                   "H": (r["harmonic"], r["zero_shot_harmonic"]), "KL base": (kl.get("base"), None),
                   "KL new": (kl.get("new"), None), "shift gap": (shift.get("gap"), None)}
-    flags = {name: r["changed"][name] for name in records.OF_A_TEST if name in r["changed"]}
-    own = name_row("zero-shot", flags)
-    yield table, r["dataset"], (own, own, r["data"]), scores
-    flags.pop("template", None)                     # a target has its own template
+    yield table, r["dataset"], r["data"], scores
     for target, row in r["transfer"].items():
         shifted = {target, r["dataset"]} <= {*NAMES} and target.startswith(r["dataset"])
         kind = "shifted versions" if shifted else "other data sets"
-        data = name_row("zero-shot", flags), own, row["data"] + r["data"]
-        yield (Table(f"{r['dataset']} to {kind}", about, shots, True), target, data,
-               {"accuracy": (row["accuracy"], row["zero_shot"])})
+        yield (Table(f"{r['dataset']} to {kind}", about, shots, True), target,
+               row["data"] + r["data"], {"accuracy": (row["accuracy"], row["zero_shot"])})
 
 
 def name_row(first, flags):
@@ -152,15 +151,13 @@ def name_row(first, flags):
 # ---------------------------------------------------------------- which cells share a row
 
 def keep_one_version(cells):
-    """Return the cells on the newest version of each data set, and notes {table: [text]}.
+    """Return the cells on the newest version of each data set and its CLIP; count the other runs.
 
     The rows of a table are of the same images and classes; otherwise they could not be compared."""
-    newest = {(c.table, c.dataset, c.data[:2]): c.data for c in cells}
-    kept = [c for c in cells if c.data == newest[c.table, c.dataset, c.data[:2]]]
+    newest = {(c.table, c.dataset): c.data for c in cells}
+    kept = [c for c in cells if c.data == newest[c.table, c.dataset]]
     old = {(c.table, c.record["run"]) for c in cells} - {(c.table, c.record["run"]) for c in kept}
-    counts = Counter(table for table, _ in old)
-    return kept, {table: [f"left out: {plural(count, 'older run')} on other images or classes"]
-                  for table, count in counts.items()}
+    return kept, len(old)
 
 
 def name_rows(cells):
@@ -168,31 +165,25 @@ def name_rows(cells):
 
     Where a table has several settings under one name, that of the scripts as they are keeps it, or
     the newest; the others get a tag, as in "coop [773a21]"."""
-    tags, newest = {}, {}
+    newest = {}
     for (table, row), some in group(cells, "table", "row").items():
         codes = {c.record["setting"]: c.record["code"] for c in reversed(some)}     # newest first
         current = records.current_code(some[0].record["method"]) if len(codes) > 1 else ""
         plain = next((key for key in codes if codes[key] == current), next(iter(codes)))
-        for key in codes:
-            tag = key != plain and some[0].seed is not None
-            tags[table, row, key] = f" [{key[:6]}]" if tag else ""
-    for c in cells:
-        c = c._replace(row=c.row + tags[c.table, c.row, c.record["setting"]])
-        newest[c.table, c.row, c.column, c.dataset, c.seed] = c
+        for c in some:
+            if c.seed is not None and c.record["setting"] != plain:
+                c = c._replace(row=f"{row} [{c.record['setting'][:6]}]")
+            newest[table, c.row, c.column, c.dataset, c.seed] = c
     return list(newest.values())
 
 
 def arrange(cells):
-    """Return the cells sorted: the newest comparison first, zero-shot CLIP before the methods."""
-    newest = {}
-    for c in cells:
-        newest[c.table[:2]] = max(c.record["line"], newest.get(c.table[:2], 0))
-    order = {name: k for k, name in enumerate([*COLUMNS, *NAMES])}
+    """Return the cells sorted: comparisons as first run, zero-shot CLIP before the methods."""
+    comparisons = list(dict.fromkeys(c.table[:2] for c in cells))
 
     def place(c):
-        return (-newest[c.table[:2]], c.table.transfer, c.table[:2],
-                c.shots if c.table.shots else 0, c.seed is not None, c.row, c.shots,
-                order.get(c.column, 0), order.get(c.dataset, 99), c.dataset)
+        dataset = NAMES.index(c.dataset) if c.dataset in NAMES else len(NAMES)
+        return comparisons.index(c.table[:2]), c.shots, c.seed is not None, c.row, dataset
     return sorted(cells, key=place)
 
 
@@ -224,9 +215,9 @@ def average_rows(cells):
     sets of the fullest would cost the others too many, and is left out, as is a seed that not all
     of the data sets have."""
     means, over, notes = [], {}, []
-    for (shots,), some in group(cells, "shots").items():
+    for shots, some in group(cells, "shots").items():
         learned = group([c for c in some if c.seed is not None], "row")
-        rows = {row: {c.dataset for c in part} for (row,), part in learned.items()}
+        rows = {row: {c.dataset for c in part} for row, part in learned.items()}
         most = max(map(len, rows.values()))
         full = [row for row in rows if 2 * len(rows[row]) >= most]
         common = set.intersection(*(rows[row] for row in full))
@@ -243,12 +234,12 @@ def average_rows(cells):
 
 
 def compare(cells, other):
-    """Return how far rows are above `other`, as cells, with the remark on how many data sets.
+    """Return how far a table's rows are above `other`, with the remark on how many data sets.
 
     The difference is of the averages over the data sets that both rows have, seed by seed."""
-    found, rows = [], group(cells, "table", "row", "shots")
-    for (table, row, shots), mine in rows.items():
-        theirs = rows.get((table, other, shots), []) if row != other else []
+    found, rows = [], group(cells, "row", "shots")
+    for (row, shots), mine in rows.items():
+        theirs = rows.get((other, shots), []) if row != other else []
         both = {c.dataset for c in mine} & {c.dataset for c in theirs}
         sets = group(mine + theirs, "row", "column", "dataset")
         for a, b in product(average(mine, both), average(theirs, both)):
@@ -260,32 +251,30 @@ def compare(cells, other):
     return found
 
 
-# ---------------------------------------------------------------- tables
-# list_... yield (table, title, grid of texts) and may add to notes {table: [text]}.
+# ---------------------------------------------------------------- tables: title, texts, notes
 
-def list_tables(cells, notes, args):
+def list_tables(cells, args):
     """Yield averages, transfer, single data sets (with --all all), or differences to --against."""
-    for (table,), some in group(cells, "table").items():
+    for table, some in group(cells, "table").items():
         one = len({c.dataset for c in some}) == 1 and not table.transfer
         title = name_table(table._replace(suite=some[0].dataset) if one else table)
         if args.against:
             above = compare(some, args.against)
-            alone = {c.row for c in some} - {c.row for c in above} - {args.against}
-            if alone:
-                notes.setdefault(table, []).append(f"no run in common with {listed(sorted(alone))}")
+            alone = sorted({c.row for c in some} - {c.row for c in above} - {args.against})
             if above:
-                yield table, f"{title}, above {args.against}", pivot(above, sign="+")
+                yield (f"{title}, above {args.against}", pivot(above, sign="+"),
+                       [f"no run in common with {listed(alone)}"] if alone else [])
             continue
-        means, over, reasons = average_rows(some)
-        notes[table] = reasons + notes.get(table, [])
+        means, over, notes = average_rows(some)
         if one:
-            yield table, title, pivot(some)
+            yield title, pivot(some), []
         elif means and not table.transfer:
             counts = " or ".join(map(str, sorted({len(sets) for sets in over.values()})))
-            yield table, f"average over {counts} {title}", pivot(means + published(some, over))
-        for (column,), part in group(some + means, "column").items():
+            yield f"average over {counts} {title}", pivot(means + published(some, over)), notes
+        for column, part in group(some + means, "column").items():
             if table.transfer or not one and (args.all or not means):
-                yield table, f"{title}, {column}", pivot(part, across="dataset")
+                yield (f"{title}, {column}", pivot(part, across="dataset"),
+                       notes if table.transfer else [])
 
 
 def published(cells, over):
@@ -301,27 +290,19 @@ def published(cells, over):
     return found
 
 
-def list_classes(cells, notes, args):
-    """Yield the accuracy of each class, the worst first."""
-    classes = class_cells(cells)
-    if not classes:
-        raise Problem("--classes: no run has recorded its classes here; run a method once more")
-    for (table,), some in group(classes, "table").items():
-        some = [c for row in sorted(group(some, "dataset").values(), key=mean) for c in row]
-        yield table, name_table(table), pivot(some, "dataset", "row")
-
-
-def class_cells(cells):
-    """Return a cell for each class of each run, with what it is most often taken for."""
-    found = []
+def list_classes(cells):
+    """Yield the accuracy of each class, the worst first, with what it is most often taken for."""
+    classes = []
     for c in filter(is_run, cells):
         for part, rows in c.record["per_class"].items():
             table = Table(f"{c.dataset}, {part}", c.table.about, plural(c.shots, "shot"))
             names = Counter(row[0] for row in rows)
-            for k, (name, percent, taken, *_) in enumerate(rows):
+            for k, (name, percent, taken, _) in enumerate(rows):
                 name += f" ({k})" * (names[name] > 1)           # two classes of one name stay two
-                found.append(c._replace(table=table, dataset=name, value=percent, remark=taken))
-    return [c for c in found if c.value is not None]
+                classes.append(c._replace(table=table, dataset=name, value=percent, remark=taken))
+    for table, some in group(classes, "table").items():
+        some = [c for row in sorted(group(some, "dataset").values(), key=mean) for c in row]
+        yield name_table(table), pivot(some, "dataset", "row"), []
 
 
 def name_table(table):
@@ -334,7 +315,7 @@ def pivot(cells, down="row", across="column", sign=""):
     for (row, column), some in places.items():
         if down == "row" and not sign and some[0].column not in OTHER_UNITS:
             best[column] = max(best.get(column, 0), round(mean(some), 1))
-    columns = dict.fromkeys(getattr(c, across) for c in sorted(cells, key=lambda c: c.shots))
+    columns = dict.fromkeys(column for _, column in places)
     grid = [["", *columns]]
     for row in dict.fromkeys(row for row, _ in places):
         grid.append([row])
@@ -356,22 +337,18 @@ def spread(cells, sign=""):
     return f"{mean(cells):{sign}.1f}{deviation}" + (f" ({remark})" if remark else "")
 
 
-def show(title, grid, notes, markdown):
-    """Print a table and its notes."""
-    grid = [["".join(c if c.isprintable() else "?" for c in text) for text in row] for row in grid]
-    start, end = ("\033[1m", "\033[0m") if sys.stdout.isatty() else ("", "")
-    widths = [max(len(text.strip("*")) for text in column) for column in zip(*grid)]
-    print(f"\n**{title}**\n" if markdown else f"\n{title}")
-    for k, row in enumerate(grid):
-        if markdown:
+def show(title, grid, notes=(), markdown=False):
+    """Print a table and its notes. The best of a column is bold in Markdown only."""
+    if markdown:
+        print(f"\n**{title}**\n")
+        for row in grid[0], ["---"] * len(grid[0]), *grid[1:]:
             print("|", " | ".join(text.replace("|", "\\|") for text in row), "|")
-            print(f"|{' --- |' * len(row)}\n" * (k == 0), end="")
-        else:
-            line = f"  {row[0]:<{widths[0]}}"
-            for text, width in zip(row[1:], widths[1:]):
-                plain = text.strip("*")
-                line += " " * (2 + width - len(plain))
-                line += plain if plain == text else f"{start}{plain}{end}"
-            print(line.rstrip())
+    else:
+        print(f"\n{title}")
+        grid = [[text.strip("*") for text in row] for row in grid]
+        widths = [max(map(len, column)) for column in zip(*grid)]
+        for name, *texts in grid:
+            columns = [f"{text:>{width}}" for text, width in zip(texts, widths[1:])]
+            print("  ".join([f"  {name:<{widths[0]}}", *columns]).rstrip())
     for note in notes:
         print(f"{'' if markdown else '  '}({note})")

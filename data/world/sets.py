@@ -8,13 +8,11 @@ in its training. Four shifted versions of `shapes` show the same scenes through 
 """
 
 import argparse
-import hashlib
 import itertools
 import json
 import random
 import shutil
 import sys
-from functools import cache
 from pathlib import Path
 from typing import Callable, NamedTuple
 
@@ -23,7 +21,8 @@ from filelock import FileLock
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from data.errors import Problem
-from data.world import draw
+from data.results.records import code_digest
+from data.world import captions, draw
 from data.world.captions import HOW, SYNONYMS
 from data.world.draw import COLOURS, GROUNDS, PLACES, SHAPES, SIZE, STYLES, TEXTURES
 
@@ -43,12 +42,14 @@ PHRASES |= {style: how[0].removeprefix("a ").removesuffix(" of") for style, how 
 
 
 def combine(form, **words):
-    """Return a class for every combination of words, named by `form`: "{colour} {shape}"."""
+    """Return a class for every combination of words, named by `form`: "{colour} {shape}".
+
+    In alphabetical order, which is the order of their labels."""
     classes = {}
     for combination in itertools.product(*words.values()):
         phrases = [PHRASES.get(word, word) for word in combination]
         classes[form.format(**dict(zip(words, phrases)))] = dict(zip(words, combination))
-    return classes
+    return dict(sorted(classes.items()))
 
 
 SETS = {
@@ -104,17 +105,6 @@ SETS["shapes_noise"] = change(
 SETS["shapes_lowres"] = change(
     about="warm light, 20 x 20 pixels",
     camera=lambda img, rng: draw.reduce_resolution(draw.tint(img), 20))
-SHIFTED = list(SETS)[len(EMBEDDED):]
-
-
-def template(name):
-    """Return the hand-crafted prompt of a data set, with {} for the class."""
-    return SETS[name].template
-
-
-def class_names(name):
-    """Return the classes of a data set by label, in alphabetical order."""
-    return sorted(SETS[name].classes)
 
 
 def draw_image(name, classname, number, camera=True):
@@ -136,40 +126,30 @@ def build(root, name):
 
     root/name/images/CLASS/0000.png and root/name/split_NAME.json:
     {"train": [[path, label, classname], ...], "val": ..., "test": ...}.
-    The folder appears whole or not at all; a folder that other code has drawn is replaced. Several
+    The folder appears whole or not at all; one that other code has drawn is drawn anew. Several
     processes take turns. Raises Problem for a folder that `build` has not written."""
-    folder = Path(root, name)
+    folder, code = Path(root, name), code_digest(__file__, draw.__file__, captions.__file__)
     stamp = folder / "drawn_by.txt"
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(folder.parent / f".{name}.lock"):
-        if stamp.exists() and stamp.read_text() == make_stamp():
+        if stamp.exists() and stamp.read_text() == code:
             return
         if folder.exists() and not stamp.exists():
             raise Problem(f"{name}: {folder} holds something else: "
                           "move it away, and it is drawn anew")
         part = folder.parent / f".{name}.part"
         shutil.rmtree(part, ignore_errors=True)  # of a process that was killed
-        write_set(part / "new", name)
-        (part / "new" / stamp.name).write_text(make_stamp())
-        if folder.exists():
-            folder.rename(part / "old")
-        (part / "new").rename(folder)
-        shutil.rmtree(part)
-
-
-@cache
-def make_stamp():
-    """Return a digest of the code that determines the images and the class names."""
-    code = Path(__file__).read_text().split("\n# ---")[0]  # this file, down to "files"
-    code += (HERE / "draw.py").read_text() + (HERE / "captions.py").read_text()
-    return hashlib.sha256(code.encode()).hexdigest()
+        write_set(part, name)
+        (part / stamp.name).write_text(code)
+        shutil.rmtree(folder, ignore_errors=True)
+        part.rename(folder)
 
 
 def write_set(folder, name):
     """Draw the images of data set `name` into `folder` and write the split file."""
     split = {part: [] for part in PER_CLASS}
     parts = [part for part, count in PER_CLASS.items() for _ in range(count)]
-    for label, classname in enumerate(class_names(name)):
+    for label, classname in enumerate(SETS[name].classes):
         place = folder / "images" / classname.replace(" ", "_")
         place.mkdir(parents=True)
         for number, part in enumerate(parts):
@@ -194,7 +174,7 @@ def measure(model, preprocess, name):
     import open_clip
     import torch
 
-    names, count = class_names(name), PER_CLASS["val"]
+    names, count = list(SETS[name].classes), PER_CLASS["val"]
     half = (len(names) + 1) // 2
     tokenizer = open_clip.SimpleTokenizer()
 
@@ -204,7 +184,7 @@ def measure(model, preprocess, name):
         return model.encode_image(torch.stack(images), normalize=True).unflatten(0, (-1, count))
 
     def compute_logits(features, front=""):  # (classes, count, classes)
-        prompts = [f"{front} {template(name).format(classname)}" for classname in names]
+        prompts = [f"{front} {SETS[name].template.format(classname)}" for classname in names]
         w = model.encode_text(tokenizer(prompts), normalize=True)
         return model.logit_scale.exp() * features @ w.T
 
@@ -272,7 +252,7 @@ def draw_sheet(columns=8, left=136, width=128, height=86):
         y = row * height + 4
         pen.text((6, y + 16), name, "black", large)
         pen.text((6, y + 35), SETS[name].about, "#555555", small)
-        names = class_names(name)
+        names = list(SETS[name].classes)
         for column in range(columns):
             x = left + column * width
             classname = names[column * len(names) // columns]
