@@ -33,7 +33,6 @@ if __name__ == "__main__":      # python common.py: tables of recorded runs, wit
         tables.main()
     sys.exit()
 
-import contextlib
 import copy
 import functools
 import inspect
@@ -57,8 +56,7 @@ from torchvision.transforms import (
 from tqdm import tqdm
 
 from data import features, weights
-from data.flags import (        # noqa: F401  flags: for the scripts
-    check_names, check_origin, check_protocol, flags, parse, settle)
+from data.flags import check_run, flags, parse, settle      # noqa: F401  flags: for the scripts
 from data.load import Data, Item, load_data
 from data.results import export, records, report
 
@@ -73,41 +71,18 @@ def runs(script, parser, argv=None):
 
     script  the method's __file__
 
-    Skips runs that --out has already. Under torchrun every process takes its share. If there are
-    several runs, a user error ends one run or, while loading, all that are left on its data set;
-    the others go on, and the end names what failed. An error in the script's loop does not reach
-    this generator: hence `with run.errors` there."""
+    Skips runs that --out has already. Under torchrun every process takes its share."""
     args = parse(parser, argv)
-    jobs = list(itertools.product(args.dataset, args.shots, args.seeds))
-    mine, failed, several = share(jobs), [], len(jobs) > 1
-    for dataset, group in itertools.groupby(mine, key=lambda job: job[0]):
-        with note_failure(dataset, failed, several):
-            for run in runs_on(dataset, list(group), script, settle(args, parser, dataset)):
-                if len(mine) > 1:
-                    run.title += f", run {mine.index(run.job) + 1} of {len(mine)}"
-                run.errors = note_failure(run.title, failed, several)
-                if record := records.find(run):
-                    report.show(run.title, record, f"already in {args.out}; --again repeats it")
-                else:
-                    torch.manual_seed(run.seed)
-                    yield run
-    if failed:
-        summary = f"{len(failed)} failed: {'; '.join(failed)}"
-        if mine == jobs:                # else torchrun would stop the other processes
-            raise Problem(summary)
-        print(summary, file=sys.stderr)
-
-
-@contextlib.contextmanager
-def note_failure(title, failed, several):
-    """If there are several runs, note a user error in `failed` and go on."""
-    try:
-        yield
-    except Problem as problem:
-        if not several:
-            raise
-        print(f"{title}: failed: {problem}", file=sys.stderr)
-        failed.append(title)
+    jobs = share(list(itertools.product(args.dataset, args.shots, args.seeds)))
+    for dataset, group in itertools.groupby(jobs, key=lambda job: job[0]):
+        for run in runs_on(dataset, list(group), script, settle(args, parser, dataset)):
+            if len(jobs) > 1:
+                run.title += f", run {jobs.index(run.job) + 1} of {len(jobs)}"
+            if record := records.find(run):
+                report.show(run.title, record, f"already in {args.out}; --again repeats it")
+            else:
+                torch.manual_seed(run.seed)
+                yield run
 
 
 def share(jobs):
@@ -132,16 +107,12 @@ def runs_on(dataset, jobs, script, args):
         sets = [load_data(dataset, args.data_root, args.template),
                 *(load_data(name, args.data_root) for name in args.transfer)]
         sets = [choose_tests(some, args) for some in sets]
-        check_protocol(sets[0], args)
     data, *others = sets
-    clip = load_clip(args.backbone, args.pretrained, args.device, args.precision,
-                     args.class_chunk)
+    clip = load_clip(args.backbone, args.pretrained, args.device, args.precision, args.class_chunk)
+    check_run(args, method, clip, sets)
     if "OMP_NUM_THREADS" not in os.environ:     # on small matrices more threads only wait
         small = clip.text.positional_embedding.shape[1] < 256
         torch.set_num_threads(1 if small else THREADS)
-    check_names(clip, args, sets)
-    if origin:
-        check_origin(args, method, clip.weights, data)
     tested = ("base", "new") if args.base_to_new else ("all classes",)
     parts = [Part(which, data, *choose(data, data.test, which)) for which in tested]
     parts += [Part(other.name, other, *choose(other, other.test, "all classes"), True)
@@ -495,7 +466,6 @@ class Run:
     identities: dict                # {data set: digest}, see data/results/records.py
     features: torch.Tensor = None   # f(x) of the sample's augmented views, (N, V, D)
     logged: dict = field(default_factory=dict)      # {name: {epoch: [tensor of each step]}}
-    errors: object = field(default_factory=contextlib.nullcontext)  # around the work of this run
 
     def __post_init__(self):
         args, clip, origin = self.args, self.clip, self.args.origin or {}

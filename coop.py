@@ -116,13 +116,12 @@ def flags():
 
 def main():
     for run in common.runs(__file__, flags()):          # for each data set, number of shots, seed
-        with run.errors:                                # a user error does not stop the other runs
-            prompt = Prompt(run.clip, initial_context(run), run.args.position)
-            run.start(prompt)                           # encode images; --load: read the prompt
-            if not run.args.load:
-                train(prompt, run)
-            # Predict argmax_c f(x) . w_c for the test images, record, print.
-            run.finish(prompt)
+        prompt = Prompt(run.clip, initial_context(run), run.args.position)
+        run.start(prompt)                               # encode images; --load: read the prompt
+        if not run.args.load:
+            train(prompt, run)
+        # Predict argmax_c f(x) . w_c for the test images, record, print.
+        run.finish(prompt)
 
 
 if __name__ == "__main__":

@@ -45,7 +45,7 @@ the base classes, and then classifies the images of each half among the classes 
 
 Test (ours): argmax_c f(x) . u_c. A trained class (told by label and name, as names may repeat) has
 u_c = w_c. A new one, for which v was not trained, has the mean of w_c and h_c, normalized.
---classifier soft: u = w for all; mean: the mean for all.
+--classifier soft: u = w for all.
 
 Try: it takes a minute at most on the default data set, "shapes". The numbers, accuracies on base /
 new classes, are for --dataset embedded --seeds 1,2,3: means over its eleven small data sets.
@@ -160,8 +160,7 @@ def train(prompt, run):
     optimizer = torch.optim.SGD(prompt.parameters(), args.lr, momentum=0.9, weight_decay=5e-4)
     h = common.template_features(clip, run.template, run.classnames)           # (C, D)
     critic = Critic(h.shape[1], args.mi_temperature).to(clip.device)
-    critic.requires_grad_(args.critic == "learned")     # cosine: it keeps its initial value
-    if args.critic == "learned":
+    if args.critic == "learned":                        # cosine: it keeps its initial value
         optimizer.add_param_group({"params": critic.parameters(), "weight_decay": 0})
     rng = torch.Generator().manual_seed(run.seed)
     epochs = args.epochs or common.default_epochs(run)  # 50 (1 shot or ImageNet), 100 (2-7) or 200
@@ -169,9 +168,8 @@ def train(prompt, run):
         # Epoch 0 warms up at 1e-5. Then the rate falls from args.lr along half a cosine, which
         # would reach 0 two epochs after the last one (this offset: CoOp's code).
         decay = (1 + math.cos(math.pi * (epoch - 1) / epochs)) / 2
-        lr = 1e-5 if epoch == 0 else args.lr * decay
-        for group in optimizer.param_groups:
-            group["lr"] = lr
+        optimizer.param_groups[0]["lr"] = lr = 1e-5 if epoch == 0 else args.lr * decay
+        optimizer.param_groups[-1]["lr"] = lr           # of the critic, if it is learned
         # Shuffled mini-batches (32 images by default); an incomplete last one is dropped unless it
         # is the only one. Each image appears as one of its random crops (ten by default).
         for f, y in run.batches(epoch):                 # (B, D), (B,)
@@ -211,23 +209,21 @@ def flags():
                         help="a learned critic, or one that stays at its start (learned)")
     parser.add_argument("--augment", type=common.whole, default=2,
                         metavar="K", help="mixed features per class and batch; 0: no z (2)")
-    parser.add_argument("--classifier", choices=["seen", "soft", "mean"], default="seen",
-                        help="soft: w; mean: mean of w and h; seen: w for trained classes and the "
-                             "mean for new ones (seen)")
+    parser.add_argument("--classifier", choices=["seen", "soft"], default="seen",
+                        help="soft: w for all classes; seen: the mean of w and h for new ones "
+                             "(seen)")
     return parser
 
 
 def main():
     for run in common.runs(__file__, flags()):          # for each data set, number of shots, seed
-        with run.errors:                                # a user error does not stop the other runs
-            template = None if run.args.classifier == "soft" else run.template
-            trained = run.classes if run.args.classifier == "seen" else ()
-            prompt = Prompt(run.clip, initial_context(run), run.args.position, template, trained)
-            run.start(prompt)                           # encode images; --load: read the prompt
-            if not run.args.load:
-                train(prompt, run)
-            # Predict argmax_c f(x) . u_c, record (with log C, the most a bound can reach), print.
-            run.finish(prompt, log_C=math.log(len(run.classes)))
+        template = None if run.args.classifier == "soft" else run.template
+        prompt = Prompt(run.clip, initial_context(run), run.args.position, template, run.classes)
+        run.start(prompt)                               # encode images; --load: read the prompt
+        if not run.args.load:
+            train(prompt, run)
+        # Predict argmax_c f(x) . u_c, record (with log C, the most a bound can reach), print.
+        run.finish(prompt, log_C=math.log(len(run.classes)))
 
 
 if __name__ == "__main__":

@@ -319,18 +319,17 @@ def flags():
 
 def main():
     for run in common.runs(__file__, flags()):          # for each data set, number of shots, seed
-        with run.errors:                                # a user error does not stop the other runs
-            args = run.args
-            released = args.prompts == "coupled" or args.shift == "gram"
-            if released and args.towers != "both":
-                raise common.Problem("--prompts coupled and --shift gram need --towers both")
-            prompt = Released(run.clip, args) if released else Prompt(run.clip, args)
-            run.start(prompt)                           # encode images; --load: read the prompt
-            if not args.load:
-                train(prompt, run)
-            more = {"shift_after": measure(prompt, run)} if run.items else {}   # none with --load
-            # Predict argmax_c f(x) . w_c for the test images, record, print.
-            run.finish(prompt, **more)
+        args = run.args
+        released = args.prompts == "coupled" or args.shift == "gram"
+        if released and args.towers != "both":
+            raise common.Problem("--prompts coupled and --shift gram need --towers both")
+        prompt = Released(run.clip, args) if released else Prompt(run.clip, args)
+        run.start(prompt)                               # encode images; --load: read the prompt
+        if not args.load:
+            train(prompt, run)
+        more = {"shift_after": measure(prompt, run)} if run.items else {}   # none with --load
+        # Predict argmax_c f(x) . w_c for the test images, record, print.
+        run.finish(prompt, **more)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """The flags of the four methods: what they are, what --load fills in, and what goes together.
 
-check_flags: with each other; check_protocol, check_names, check_origin: with data and CLIP."""
+check_flags: with each other; check_run: with data and CLIP."""
 
 import argparse
 import copy
@@ -177,17 +177,23 @@ def check_flags(args):
         records.check_output(file, kind)
 
 
-def check_protocol(data, args):
-    """Raise Problem where a data set cannot serve the protocol; print its note."""
+def check_run(args, method, clip, sets):
+    """Raise Problem where data sets or CLIP do not serve what is asked; print a data set's note.
+
+    sets  the data set that is learned, and targets of --transfer"""
+    data = sets[0]
     if args.base_to_new and len(data.classnames) < 4:
         raise Problem(f"{data.name}: --base-to-new needs two classes or more in each half")
     if not data.train and not args.load:
         raise Problem(f"{data.name} has no training images; it is for --transfer or --load")
     if data.note:
         print(f"{data.name}: {data.note}")
+    check_names(args, clip, sets)
+    if args.origin:
+        check_origin(args, method, clip.weights, data)
 
 
-def check_names(clip, args, sets):
+def check_names(args, clip, sets):
     """Raise Problem where two classes have the same prompt; name words that a CLIP has never met.
 
     Two such pairs of the published ImageNet are let be. The tiny CLIP's embeddings of words that

@@ -256,7 +256,7 @@ def test_mixtures_are_of_two_views_of_one_class_with_uniform_shares_and_unit_nor
 
 
 @pytest.mark.parametrize("classifier, takes_the_mean", [
-    ("soft", [False, False]), ("mean", [True, True]), ("seen", [False, True])])
+    ("soft", [False, False]), ("seen", [False, True])])
 def test_trained_classes_use_w_and_new_ones_the_mean_with_h(classifier, takes_the_mean):
     training = follow(config("mvp_mi", classifier=classifier, steps=0))
     clip, names = training.run.clip, [NAMES[3], "River"]
