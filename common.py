@@ -25,7 +25,7 @@ encoder, but of the image in (n, 3, H, W). D the dimension of the features.
 import sys
 
 from data.errors import (       # noqa: F401  most are for the scripts
-    Problem, count, list_of, nonnegative, one_line_errors, positive, whole, words)
+    Problem, count, nonnegative, nonnegatives, one_line_errors, positive, whole, words)
 
 if __name__ == "__main__":      # python common.py: tables of recorded runs, without importing torch
     from data.results import tables

@@ -311,8 +311,7 @@ def flags():
                         help="measured on features, or the released code's stand-in (features)")
     parser.add_argument("--shift-weight", type=common.nonnegative, default=10.0,
                         metavar="GAMMA", help="of the consistency loss; 0: off (10)")
-    parser.add_argument("--blend", type=common.list_of(common.nonnegative), default=[0.1],
-                        metavar="B[,B]",
+    parser.add_argument("--blend", type=common.nonnegatives, default=[0.1], metavar="B[,B]",
                         help="of the surgery at the start, or text's,image's; 0: none (0.1)")
     return parser
 

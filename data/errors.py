@@ -66,17 +66,18 @@ def bounded(text, kind, low, what):
     raise argparse.ArgumentTypeError(f"{text[:40]!r}: wants {what}")
 
 
+def split(text, kind):
+    """Return a list of values, separated by commas."""
+    return [kind(part) for part in text.split(",")]
+
+
 # argparse types
 
 count = partial(bounded, kind=int, low=1, what="a whole number above 0")
 whole = partial(bounded, kind=int, low=0, what="a whole number, 0 or more")
 positive = partial(bounded, kind=float, low=math.ulp(0), what="a number above 0")
 nonnegative = partial(bounded, kind=float, low=0, what="a number, 0 or more")
-
-
-def list_of(kind):
-    """Return an argparse type: values of another type, separated by commas, as a list."""
-    return lambda text: [kind(part) for part in text.split(",")]
+counts, wholes, nonnegatives = (partial(split, kind=kind) for kind in (count, whole, nonnegative))
 
 
 def words(value):

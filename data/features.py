@@ -18,7 +18,6 @@ from safetensors.torch import save_file
 from torch.utils.data import DataLoader
 
 from data.errors import Problem
-from data.results.records import digest
 
 SECONDS = 3     # of work that a killed run loses at most
 
@@ -120,6 +119,11 @@ def normalize(pixels, mean, std):
 
 
 # ---------------------------------------------------------------- digests
+
+def digest(value):
+    """Return 32 hexadecimal digits that stand for a value that repr shows whole."""
+    return blake2b(repr(value).encode(), digest_size=16).hexdigest()
+
 
 def tensor_digest(tensors):
     """Return a hex digest of {name: tensor}: names, dtypes, shapes and bytes, in name order."""
@@ -234,6 +238,7 @@ def write_whole(file, tensors, metadata=None):
         part.parent.mkdir(parents=True, exist_ok=True)
         try:
             save_file({name: x.contiguous() for name, x in tensors.items()}, part, metadata)
+            part.chmod(0o644)                               # safetensors lets only its owner read
             part.replace(file)
         finally:
             part.unlink(missing_ok=True)

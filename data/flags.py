@@ -9,7 +9,7 @@ import os
 import torch
 from safetensors.torch import load_file
 
-from data.errors import Parser, Problem, count, list_of, positive, whole
+from data.errors import Parser, Problem, count, counts, positive, whole, wholes
 from data.features import tensor_digest
 from data.load import FOLDER, check_template, dataset_names, is_embedded, listed
 from data.results import records
@@ -39,7 +39,7 @@ def flags(doc, lr, batch_size, n_ctx, embedded_lr=None):
     add("--backbone", metavar="NAME",
         help="open_clip's, local-dir:PATH or tiny_clip (embedded data: tiny_clip; else ViT-B-16)")
     add("--pretrained", metavar="TAG",
-        help="the weights: an open_clip tag, a file, or 'random' (openai)")
+        help="the weights: an open_clip tag, 'random', or a file, beside --backbone (openai)")
     add("--device", choices=["cpu", "cuda"], help="(embedded data: cpu; else cuda if there is one)")
     add("--precision", choices=["fp32", "amp"],
         help="amp: image features and, on a GPU, training in 16 bits (amp on cuda, fp32 on cpu)")
@@ -47,9 +47,9 @@ def flags(doc, lr, batch_size, n_ctx, embedded_lr=None):
         help="classes per pass of the text encoder: fewer, less memory (cpu: 128, cuda: 1024)")
 
     add = p.add_argument_group("training").add_argument
-    add("--shots", type=list_of(count), default=[4], metavar="N,...",
+    add("--shots", type=counts, default=[4], metavar="N,...",
         help="training images per class (4)")
-    add("--seeds", type=list_of(whole), default=[1], metavar="N,...", help="a run for each (1)")
+    add("--seeds", type=wholes, default=[1], metavar="N,...", help="a run for each (1)")
     add("--epochs", type=count, metavar="N",
         help="passes over the training images (50, 100 or 200, by the shots; RESTORE: 10)")
     add("--lr", type=positive, help=f"learning rate ({lr}{also})")

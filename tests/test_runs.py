@@ -3,7 +3,6 @@
 import shutil
 
 import pytest
-from conftest import make_images
 from safetensors.torch import load_file, save_file
 
 import common

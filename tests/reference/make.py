@@ -1,6 +1,7 @@
 """Train a method on a small CLIP with made-up weights; compare with reference vectors.
 
-    python tests/reference/make.py FOLDER      write the vectors of our own code anew
+    python tests/reference/make.py weights coop_end FILE.safetensors   made-up weights, for a port
+    python tests/reference/make.py FOLDER                              our own vectors anew
 
 README.md describes the files. Tests use `follow` to see every step of a script's training."""
 
@@ -17,6 +18,7 @@ import open_clip
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 HERE = Path(__file__).resolve().parent
@@ -287,5 +289,18 @@ def write_own(folder):
         (folder / f"{name}.json").write_text(json.dumps(told, indent=1) + "\n")
 
 
+def write_weights(name, file):
+    """Write the small CLIP of a reference file, and where RESTORE's parameters start."""
+    config, _ = read(HERE / f"{name}.npz")
+    tensors = dict(small_clip(**config["clip"]).model.state_dict())
+    for key, shape in config.get("parameters", {}).items():
+        if key != "text_prompts.0":
+            tensors[f"restore/{key}"] = restore_start(key, tuple(shape))
+    save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, file)
+
+
 if __name__ == "__main__":
-    write_own(Path(sys.argv[1]))
+    if sys.argv[1] == "weights":
+        write_weights(*sys.argv[2:])
+    else:
+        write_own(Path(sys.argv[1]))
