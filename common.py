@@ -27,8 +27,9 @@ import sys
 from data.errors import (       # noqa: F401  most are for the scripts
     Problem, count, nonnegative, nonnegatives, one_line_errors, positive, whole, words)
 
+from data.results import tables
+
 if __name__ == "__main__":      # python common.py: tables of recorded runs, without importing torch
-    from data.results import tables
     with one_line_errors():
         tables.main()
     sys.exit()
@@ -58,7 +59,7 @@ from tqdm import tqdm
 from data import features, weights
 from data.flags import check_run, flags, parse, settle      # noqa: F401  flags: for the scripts
 from data.load import Data, Item, load_data
-from data.results import export, records, report
+from data.results import export, records
 
 THREADS = torch.get_num_threads()       # as PyTorch found them; a small CLIP gets one
 progress = functools.partial(tqdm, disable=None, leave=False)   # no bar without a terminal
@@ -79,7 +80,7 @@ def runs(script, parser, argv=None):
             if len(jobs) > 1:
                 run.title += f", run {jobs.index(run.job) + 1} of {len(jobs)}"
             if record := records.find(run):
-                report.show(run.title, record, f"already in {args.out}; --again repeats it")
+                tables.show_run(run.title, record, f"already in {args.out}; --again repeats it")
             else:
                 torch.manual_seed(run.seed)
                 yield run
@@ -617,7 +618,7 @@ class Run:
         if args.export:
             export.write(self, prompt, rows)
         if rows:
-            report.show(self.title, record, f"recorded in {args.out}")
+            tables.show_run(self.title, record, f"recorded in {args.out}")
         if args.predict:
             self.predict(prompt)
 
@@ -638,7 +639,7 @@ class Run:
         part.zero_shot = template_features(self.clip, data.template, part.classnames)
         both = [(self.clip.logit_scale * f @ w.T).softmax(-1).topk(min(top, len(part.classes)))
                 for f, w in self.classifiers(prompt, part)]
-        report.show_predictions(self.method, self.args.predict, part.classnames, *both)
+        tables.show_predictions(self.method, self.args.predict, part.classnames, *both)
 
 
 def percent(right):

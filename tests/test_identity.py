@@ -98,7 +98,7 @@ def test_transfer_targets_are_compared_by_their_images(cli, mine):
 
 
 def test_a_run_is_recorded_before_it_is_printed(cli, tmp_path, monkeypatch):
-    monkeypatch.setattr(common.report, "show", lambda *some: 1 / 0)
+    monkeypatch.setattr(common.tables, "show_run", lambda *some: 1 / 0)
     with pytest.raises(ZeroDivisionError):      # a mistake in the code keeps its traceback
         cli("coop", *QUICK)
     assert len(records.read(tmp_path / "results.jsonl")[0]) == 1
