@@ -26,7 +26,6 @@ import sys
 
 from data.errors import (       # noqa: F401  most are for the scripts
     Problem, count, nonnegative, nonnegatives, one_line_errors, positive, whole, words)
-
 from data.results import tables
 
 if __name__ == "__main__":      # python common.py: tables of recorded runs, without importing torch
