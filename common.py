@@ -24,8 +24,7 @@ encoder, but of the image in (n, 3, H, W). D the dimension of the features.
 
 import sys
 
-from data.errors import (       # noqa: F401  most are for the scripts
-    Problem, count, nonnegative, nonnegatives, one_line_errors, positive, whole, words)
+from data.errors import Problem, one_line_errors
 from data.results import tables
 
 if __name__ == "__main__":      # python common.py: tables of recorded runs, without importing torch
@@ -56,7 +55,8 @@ from torchvision.transforms import (
 from tqdm import tqdm
 
 from data import features, weights
-from data.flags import check_run, flags, parse, settle      # noqa: F401  flags: for the scripts
+from data.flags import (        # noqa: F401  most are for the scripts
+    check_run, count, flags, nonnegative, nonnegatives, parse, positive, settle, whole, words)
 from data.load import Data, Item, load_data
 from data.results import export, records
 
@@ -72,12 +72,13 @@ def runs(script, parser, argv=None):
     script  the method's __file__
 
     Skips runs that --out has already. Under torchrun every process takes its share."""
-    args = parse(parser, argv)
+    args, number = parse(parser, argv), itertools.count(1)
     jobs = share(list(itertools.product(args.dataset, args.shots, args.seeds)))
     for dataset, group in itertools.groupby(jobs, key=lambda job: job[0]):
-        for run in runs_on(dataset, list(group), script, settle(args, parser, dataset)):
+        pairs = [(shots, seed) for _, shots, seed in group]
+        for run in runs_on(dataset, pairs, script, settle(args, dataset)):
             if len(jobs) > 1:
-                run.title += f", run {jobs.index(run.job) + 1} of {len(jobs)}"
+                run.title += f", run {next(number)} of {len(jobs)}"
             if record := records.find(run):
                 tables.show_run(run.title, record, f"already in {args.out}; --again repeats it")
             else:
@@ -93,8 +94,8 @@ def share(jobs):
     return jobs[len(jobs) * rank // processes:len(jobs) * (rank + 1) // processes]
 
 
-def runs_on(dataset, jobs, script, args):
-    """Yield one data set's Runs: load and check (data/flags.py), encode nothing yet."""
+def runs_on(dataset, pairs, script, args):
+    """Yield a Run for each pair (shots, seed): load and check all, encode nothing yet."""
     # origin: what the file of --load tells of its training, or None. It has the class names, which
     # is enough for --predict: no data set is loaded then, unless a flag asks for one.
     method, origin = Path(script).stem, args.origin
@@ -115,26 +116,24 @@ def runs_on(dataset, jobs, script, args):
         torch.set_num_threads(1 if small else THREADS)
     tested = ("base", "new") if args.base_to_new else ("all classes",)
     parts = [Part(which, data, *choose(data, data.test, which)) for which in tested]
-    parts += [Part(other.name, other, *choose(other, other.test, "all classes"), True)
+    parts += [Part(other.name, other, *choose(other, other.test, "all classes"), transfer=True)
               for other in others]
-    identities = {some.name: records.data_identity(some) for some in sets}
     code = records.code_digest(script, *records.COMPUTING)
     most = max(Counter(item.label for item in data.train).values(), default=0)
-    for shots in sorted({shots for _, shots, _ in jobs if shots > most and not origin}):
+    for shots in sorted({shots for shots, _ in pairs if shots > most and not origin}):
         print(f"{dataset}: no class has {shots} training images; using the {most} of the largest")
-    for job in jobs:
-        _, shots, seed = job
+    for shots, seed in pairs:
         if origin:
             sample, classes = [], [tuple(pair) for pair in origin["classes"]]
         else:
             shots = min(shots, most)
-            sample = add_contents(few_shot(data.train, shots, seed), args.cache)
+            sample = few_shot(data.train, shots, seed)
             sample, classes = choose(data, sample, tested[0])       # all classes, or base
+            sample = add_contents(sample, args.cache)
             known = {item.content for item in sample} & {item.content for item in data.test}
             if data.own and known:                                  # own: a user's folder
                 print(f"{dataset}: training images that are test images as well: {len(known)}")
-        yield Run(job, method, code, args, clip, data, shots, seed, sample, classes, parts,
-                  identities)
+        yield Run(method, code, args, clip, data, shots, seed, sample, classes, parts)
 
 
 # ---------------------------------------------------------------- few-shot samples, halves
@@ -174,7 +173,8 @@ def choose_tests(data, args):
         raise Problem(f"{data.name}: --validation: there are classes with no validation images")
     if args.test_images:
         test = few_shot(test, max(1, args.test_images // len(data.classnames)), seed=0)
-    return replace(data, test=add_contents(test, args.cache))
+    data = replace(data, test=add_contents(test, args.cache))
+    return replace(data, identity=records.data_identity(data))
 
 
 def add_contents(items, cache):
@@ -452,7 +452,6 @@ class Part:
 @dataclass
 class Run:
     """One training and evaluation: a method on a data set, a number of shots, a seed."""
-    job: tuple                      # (data set, shots, seed) as the flags ask for it
     method: str
     code: str                       # digest of the script and the modules that compute
     args: object                    # the flags, settled for this data set
@@ -463,14 +462,13 @@ class Run:
     items: list                     # the few-shot sample, labels from 0; [] for a loaded prompt
     classes: list                   # [(label, name)] of the classes that the prompt is trained on
     parts: list                     # of Part; shared by the runs on this data set
-    identities: dict                # {data set: digest}, see data/results/records.py
     features: torch.Tensor = None   # f(x) of the sample's augmented views, (N, V, D)
     logged: dict = field(default_factory=dict)      # {name: {epoch: [tensor of each step]}}
 
     def __post_init__(self):
         args, clip, origin = self.args, self.clip, self.args.origin or {}
         self.classnames = [name for _, name in self.classes]
-        self.template = origin.get("template", self.data.template)      # of the prompt's training
+        self.template = origin.get("template", self.data.template)  # --load: that of the training
         self.labels = torch.tensor([item.label for item in self.items], device=clip.device)
         self.protocol = "base-to-new" if args.base_to_new else "few-shot"
         self.title = f"{self.data.name}, {self.shots}-shot, seed {self.seed}"
@@ -484,8 +482,7 @@ class Run:
         """Encode test images and templates. Then encode the sample's views, or load a prompt.
 
         A method that changes the image encoder (its prompt has image_features) encodes the views
-        itself. --views 0: one view, epoch 0's crop, not cached. Raises Problem at an image that
-        cannot be read."""
+        itself. Raises Problem at an image that cannot be read."""
         args, self.began = self.args, time.time()
         if args.export and hasattr(prompt, "image_features"):
             raise Problem("--export: this method trains on pixels, not on features")
@@ -499,15 +496,15 @@ class Run:
         if args.load:
             self.load(prompt)
         elif not hasattr(prompt, "image_features"):
-            views = list(range(args.views))
-            self.features = self.encode_views(views or [0], args.cache if views else None)
+            self.features = self.encode_views(epoch=0)
         # For --export:
         self.initial = {name: tensor.clone() for name, tensor in prompt.state_dict().items()}
 
-    def encode_views(self, views, cache):
-        """Return f(x) of augmented views of the few-shot sample, (N, V, D)."""
-        f = encode_images(self.clip, self.data, self.items, cache, views)
-        return f.to(self.clip.device)
+    def encode_views(self, epoch):
+        """Return f(x) of augmented views of the sample, (N, V, D). --views 0: one crop."""
+        args = self.args
+        views, cache = (list(range(args.views)), args.cache) if args.views else ([epoch], None)
+        return encode_images(self.clip, self.data, self.items, cache, views).to(self.clip.device)
 
     def load(self, prompt):
         """Fill a prompt with the tensors of --load. They fit: see check_origin (data/flags.py)."""
@@ -520,23 +517,22 @@ class Run:
     # ------------------------------------------------ batches
 
     def plan(self, epoch):
-        """Return the batches of an epoch, [(rows (B,), views (B,))]: images shuffled, a view each.
+        """Return an epoch's batches, rows (batches, B) and views: images shuffled, a view each.
 
         An incomplete last batch is dropped unless it is the only one (CoOp's code). --views 0: all
         views are 0, the place of the epoch's only crop. Drawn on the CPU: equal on all devices."""
         rng = torch.Generator().manual_seed(1000003 * self.seed + epoch)    # one for each epoch
-        n, size = len(self.items), self.args.batch_size
+        n = len(self.items)
+        size = min(n, self.args.batch_size)
         order = torch.randperm(n, generator=rng)
         views = torch.randint(self.args.views or 1, (n,), generator=rng)
-        batches = zip(order.split(size), views.split(size))
-        return list(batches)[:max(1, n // size)]
+        return [some[:n - n % size].view(-1, size) for some in (order, views)]
 
     def batches(self, epoch):
         """Yield (f(x) (B, D), labels (B,)) of the epoch's batches."""
         if epoch and not self.args.views:               # --views 0: fresh crops
-            self.features = self.encode_views([epoch], None)
-        # All rows and all views (equal batches) go to the GPU at once: (batches, B) each.
-        plan = (torch.stack(column).to(self.clip.device) for column in zip(*self.plan(epoch)))
+            self.features = self.encode_views(epoch)
+        plan = (some.to(self.clip.device) for some in self.plan(epoch))     # to the GPU at once
         for rows, views in zip(*plan):                  # (B,) each
             yield self.features[rows, views], self.labels[rows]
 
@@ -545,11 +541,11 @@ class Run:
 
         For a method that changes the image encoder."""
         plan = self.plan(epoch)
-        sources = [(str(self.items[row].path), int(view) if self.args.views else epoch)
-                   for batch in plan for row, view in zip(*batch)]
-        loader = features.load_pixels(sources, self.clip.augment, len(plan[0][0]), self.clip.device,
-                                      self.data.own)
-        for (rows, views), images in zip(plan, loader):
+        sources = [(str(self.items[row].path), view if self.args.views else epoch)
+                   for row, view in zip(*(some.flatten().tolist() for some in plan))]
+        loader = features.load_pixels(sources, self.clip.augment, plan[0].shape[1],
+                                      self.clip.device, self.data.own)
+        for rows, views, images in zip(*plan, loader):
             yield self.clip.pixels(images), self.labels[rows.to(self.labels.device)], rows, views
 
     # ------------------------------------------------ the record of a training
@@ -612,11 +608,10 @@ class Run:
                     "device": torch.cuda.get_device_name() if cuda else platform.machine()}
             record = records.record_of(self, rows, more)
             records.append(args.out, record)        # before what follows, which may fail
-        if args.save:
-            self.save(prompt)
-        if args.export:
-            export.write(self, prompt, rows)
-        if rows:
+            if args.save:
+                self.save(prompt)
+            if args.export:
+                export.write(self, prompt, rows)
             tables.show_run(self.title, record, f"recorded in {args.out}")
         if args.predict:
             self.predict(prompt)

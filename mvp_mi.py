@@ -158,7 +158,7 @@ def train(prompt, run):
     clip, args = run.clip, run.args
     names = common.name_embeddings(clip, run.classnames)
     optimizer = torch.optim.SGD(prompt.parameters(), args.lr, momentum=0.9, weight_decay=5e-4)
-    h = common.template_features(clip, run.template, run.classnames)           # (C, D)
+    h = common.template_features(clip, run.data.template, run.classnames)      # (C, D)
     critic = Critic(h.shape[1], args.mi_temperature).to(clip.device)
     if args.critic == "learned":                        # cosine: it keeps its initial value
         optimizer.add_param_group({"params": critic.parameters(), "weight_decay": 0})

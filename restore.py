@@ -33,15 +33,17 @@ The loss, for a batch of images x with labels y, among C classes:
            compared, as many as the other has. The relative norm is ours
     A      a feed-forward adapter (paper) of this form (authors' code). `down` starts at zero
            (ours), so that A(z) = z in the beginning
-    b      0.1, not trained. Once, after epoch E // 3 of 0 ... E-1: b_t += 0.02 * mean shift^text
-           and b_i += 0.005 * mean shift^image, over blocks and that epoch. More shift, more
-           surgery, but barely. (all: authors' code, but its shifts are norms of the prompts)
+    b      0.1, not trained. Once, after epoch E // 3 of 0 ... E-1, if it is not the last:
+           b_t += 0.02 * mean shift^text and b_i += 0.005 * mean shift^image, over blocks and that
+           epoch. More shift, more surgery, but barely. (all: authors' code, but its shifts are
+           norms of the prompts)
     tau    CLIP's learned inverse temperature, 100 in OpenAI's models (clip.logit_scale below)
     gamma  10 (ours)
 
-SGD trains P, Q and the surgery. L_fs compares how far the encoders move, not in which direction.
-Both may move far, if equally. Against this shortcut the paper has the surgery: the first term of L
-trains it to correct the final features, by b (A(z) - z). A limits no shift.
+SGD (momentum 0.9, weight decay 5e-4) trains P, Q and A; to it, s^0 and b are constants. L_fs
+compares how far the encoders move, not in which direction. Both may move far, if equally. Against
+this shortcut the paper has the surgery, which the first term of L trains to correct the final
+features. It acts after the last block: it is no part of L_fs, and makes no shift smaller.
 
 Test: argmax_c f(x) . w_c, with the same prompts and surgery for trained and new classes.
 
@@ -107,7 +109,7 @@ class Prompt(torch.nn.Module):
                                  f"{len(self.words)} tokens")
         K = min(args.depth, len(clip.text.transformer.resblocks), len(visual.transformer.resblocks))
         width_t, width_i = self.words.shape[1], visual.conv1.out_channels
-        P = [self.words[:n].cpu().clone()] + [0.02 * torch.randn(n, width_t) for _ in range(K - 1)]
+        P = [self.words[:n].clone()] + [0.02 * torch.randn(n, width_t) for _ in range(K - 1)]
         Q = [0.02 * torch.randn(n, width_i) for _ in range(K)]
         self.P = torch.nn.ParameterList(P if args.towers != "vision" else [])
         self.Q = torch.nn.ParameterList(Q if args.towers != "text" else [])
@@ -170,8 +172,7 @@ class Prompt(torch.nn.Module):
 
     def consistency(self, shift_t, shift_i):
         """Return L_fs of the shifts of both encoders, (blocks_t,) and (blocks_i,)."""
-        m = min(len(shift_t), len(shift_i))
-        return (shift_i[-m:] - shift_t[-m:]).square().mean()
+        return difference(shift_t, shift_i).square().mean()
 
     @torch.no_grad()
     def raise_blends(self, shift_t, shift_i):
@@ -181,9 +182,15 @@ class Prompt(torch.nn.Module):
 
 
 def feature_shift(states, frozen):
-    """Return shift_l of all blocks, (blocks,), from (N, blocks, W) with prompts and without."""
-    change = (states.float() - frozen.float()).norm(dim=-1)                 # (N, blocks)
-    return (change / frozen.float().norm(dim=-1)).mean(0)
+    """Return shift_l of all blocks, (blocks,), from s and s^0, (n, blocks, W) each."""
+    states, frozen = states.float(), frozen.to(states.device).float()
+    return ((states - frozen).norm(dim=-1) / frozen.norm(dim=-1)).mean(0)
+
+
+def difference(shift_t, shift_i):
+    """Return shift_l^image - shift_l^text, over the last blocks if one encoder is deeper."""
+    m = min(len(shift_t), len(shift_i))
+    return shift_i[-m:] - shift_t[-m:].to(shift_i.device)
 
 
 @torch.no_grad()
@@ -195,8 +202,9 @@ def image_states(prompt, run, prompts, views=None, cache=None):
         return prompt.encode_image(pixels, prompts)[1]
 
     with run.clip.autocast():
-        return common.encode_images(run.clip, run.data, run.items, cache, views, states,
-                                    f"states of all blocks, {run.code}, amp {run.clip.amp}")
+        return common.encode_images(
+            run.clip, run.data, run.items, cache, views, encode=states,
+            kind=f"states of all blocks, {run.code}, amp {run.clip.amp}")       # in the cache's key
 
 
 @torch.no_grad()
@@ -213,8 +221,7 @@ def measure(prompt, run):
     shift_t = feature_shift(text_states(prompt, run, prompt.P), text_states(prompt, run, []))
     shift_i = feature_shift(image_states(prompt, run, prompt.image_prompts()),
                             image_states(prompt, run, [], cache=run.args.cache))
-    m = min(len(shift_t), len(shift_i))
-    gap = (shift_i[-m:] - shift_t[-m:].cpu()).abs().mean().item()
+    gap = difference(shift_t, shift_i).abs().mean().item()
     return {"text": shift_t.tolist(), "vision": shift_i.tolist(), "gap": gap}
 
 
@@ -224,8 +231,8 @@ def train(prompt, run):
     names = common.name_embeddings(clip, run.classnames)
     optimizer = torch.optim.SGD(prompt.parameters(), args.lr, momentum=0.9, weight_decay=5e-4)
     epochs = args.epochs or 10
-    text_0 = text_states(prompt, run, [])                                   # (C, blocks, W_t)
-    views = list(range(args.views)) or [0]
+    text_0 = text_states(prompt, run, [])               # s^0: (C, blocks, W_t)
+    views = list(range(args.views)) or [0]              # and (N, V, blocks, W_i)
     image_0 = image_states(prompt, run, [], views, args.cache if args.views else None)
     for epoch in common.progress(range(epochs), desc="training", unit="epoch"):
         # Epoch 0 warms up at 1e-5. Then the rate falls from args.lr along half a cosine, which
@@ -243,7 +250,7 @@ def train(prompt, run):
                 w, f = prompt.text_surgery(t), prompt.image_surgery(i)
             logits = clip.logit_scale * f @ w.T         # (B, C)
             shift_t = feature_shift(s_t, text_0)                            # (blocks_t,)
-            shift_i = feature_shift(s_i, image_0[rows, crops].to(s_i.device))
+            shift_i = feature_shift(s_i, image_0[rows, crops])              # of these very crops
             l_fs = prompt.consistency(shift_t, shift_i)
             loss = F.cross_entropy(logits, y) + args.shift_weight * l_fs
             optimizer.zero_grad()

@@ -2,10 +2,8 @@
 
 import argparse
 import contextlib
-import math
 import os
 import sys
-from functools import partial
 from pathlib import Path
 
 if sys.version_info < (3, 11, 4):
@@ -48,41 +46,8 @@ def explain(error):
     return None, ""
 
 
-# ---------------------------------------------------------------- flags
-
 class Parser(argparse.ArgumentParser):
     """An argparse parser whose errors are Problems."""
 
     def error(self, message):
         raise Problem(message)
-
-
-def bounded(text, kind, low, what):
-    """Return a number of at least `low`. Raises argparse's error if a flag's text is none."""
-    with contextlib.suppress(ValueError):
-        value = kind(text)
-        if low <= value < (2**31 if kind is int else math.inf):
-            return value
-    raise argparse.ArgumentTypeError(f"{text[:40]!r}: wants {what}")
-
-
-def split(text, kind):
-    """Return a list of values, separated by commas."""
-    return [kind(part) for part in text.split(",")]
-
-
-# argparse types
-
-count = partial(bounded, kind=int, low=1, what="a whole number above 0")
-whole = partial(bounded, kind=int, low=0, what="a whole number, 0 or more")
-positive = partial(bounded, kind=float, low=math.ulp(0), what="a number above 0")
-nonnegative = partial(bounded, kind=float, low=0, what="a number, 0 or more")
-counts, wholes, nonnegatives = (partial(split, kind=kind) for kind in (count, whole, nonnegative))
-
-
-def words(value):
-    """An argparse type: the words of a context, which may also be written a_photo_of_a."""
-    found = " ".join(value.replace("_", " ").split())
-    if not found or set("{}") & set(found):
-        raise argparse.ArgumentTypeError(f"{value!r}: wants words, and no braces")
-    return found

@@ -3,18 +3,55 @@
 check_flags: with each other; check_run: with data and CLIP."""
 
 import argparse
+import contextlib
 import copy
+import math
 import os
+from functools import partial
 
 import torch
 from safetensors.torch import load_file
 
-from data.errors import Parser, Problem, count, counts, positive, whole, wholes
+from data.errors import Parser, Problem
 from data.features import tensor_digest
 from data.load import FOLDER, check_template, dataset_names, is_embedded, listed
 from data.results import records
 
 
+# ---------------------------------------------------------------- types of flags
+
+def bounded(text, kind, low, what):
+    """Return a number of at least `low`. Raises argparse's error if a flag's text is none."""
+    with contextlib.suppress(ValueError):
+        value = kind(text)
+        if low <= value < (2**31 if kind is int else math.inf):
+            return value
+    raise argparse.ArgumentTypeError(f"{text[:40]!r}: wants {what}")
+
+
+def split(text, kind):
+    """Return a list of values, separated by commas."""
+    return [kind(part) for part in text.split(",")]
+
+
+# argparse types
+
+count = partial(bounded, kind=int, low=1, what="a whole number above 0")
+whole = partial(bounded, kind=int, low=0, what="a whole number, 0 or more")
+positive = partial(bounded, kind=float, low=math.ulp(0), what="a number above 0")
+nonnegative = partial(bounded, kind=float, low=0, what="a number, 0 or more")
+counts, wholes, nonnegatives = (partial(split, kind=kind) for kind in (count, whole, nonnegative))
+
+
+def words(value):
+    """An argparse type: the words of a context, which may also be written a_photo_of_a."""
+    found = " ".join(value.replace("_", " ").split())
+    if not found or set("{}") & set(found):
+        raise argparse.ArgumentTypeError(f"{value!r}: wants words, and no braces")
+    return found
+
+
+# ---------------------------------------------------------------- the flags
 
 def flags(doc, lr, batch_size, n_ctx, embedded_lr=None):
     """Return a parser with the flags of every method; a method adds its own.
@@ -22,7 +59,6 @@ def flags(doc, lr, batch_size, n_ctx, embedded_lr=None):
     embedded_lr  the default learning rate on the embedded data sets, if it differs"""
     p = Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter,
                allow_abbrev=False)
-    p.learning_rates = lr, embedded_lr or lr
     also = f"; embedded data: {embedded_lr}" if embedded_lr else ""
 
     add = p.add_argument_group("data and CLIP").add_argument
@@ -52,7 +88,8 @@ def flags(doc, lr, batch_size, n_ctx, embedded_lr=None):
     add("--seeds", type=wholes, default=[1], metavar="N,...", help="a run for each (1)")
     add("--epochs", type=count, metavar="N",
         help="passes over the training images (50, 100 or 200, by the shots; RESTORE: 10)")
-    add("--lr", type=positive, help=f"learning rate ({lr}{also})")
+    add("--lr", type=positive, default=(lr, embedded_lr or lr),     # `settle` takes one of them
+        help=f"learning rate ({lr}{also})")
     add("--batch-size", type=count, default=batch_size, metavar="N",
         help=f"training images per step ({batch_size})")
     add("--views", type=whole, default=10, metavar="N",
@@ -86,6 +123,7 @@ def parse(parser, argv=None):
 
     With --load, flags of the training come from the prompt file. Raises Problem where flags do not
     go together."""
+    # argparse puts no default over what a Namespace holds: `missing` stays where no flag is given.
     defaults, missing = vars(parser.parse_args([])), object()
     given = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(defaults, missing)))
     typed = {name: value for name, value in vars(given).items() if value is not missing}
@@ -119,12 +157,12 @@ def take_from(args, origin):
         setattr(args, name, value)
 
 
-def settle(args, parser, dataset):
+def settle(args, dataset):
     """Return a copy of the flags for one data set, with the defaults that depend on it."""
     args, embedded = copy.copy(args), is_embedded(dataset)
     args.dataset = dataset
-    usual_lr = parser.learning_rates[embedded]
-    args.lr = args.lr or usual_lr
+    usual_lr = args.defaults["lr"][embedded]
+    args.lr = usual_lr if args.lr == args.defaults["lr"] else args.lr
     if not args.backbone and os.path.isfile(args.pretrained or ""):
         raise Problem(f"--pretrained {args.pretrained}: wants --backbone, whose name tells the "
                       "activation: ViT-B-16-quickgelu (as OpenAI's weights) or ViT-B-16")

@@ -44,6 +44,7 @@ class Data:
     note: str = ""      # a line that a run prints
     origin: str = ""    # who made the split; another split gives other results
     own: bool = False   # a folder of the user
+    identity: str = ""  # digest, with the images that are tested: see data/results/records.py
 
 
 def dataset_names(text):

@@ -75,10 +75,10 @@ def make_run(clip, script, names, batches, *flags):
 
     script  the method's module; flags as on its command line"""
     args = common.parse(script.flags(), [*flags])
-    args = common.settle(args, script.flags(), "shapes")
+    args = common.settle(args, "shapes")
     data = common.Data("made up", names, "a photo of a {}.", "a photo of a {}.")
-    run = common.Run(("made up", 1, 1), script.__name__, "", args, clip, data, 1, 1, [],
-                     list(enumerate(names)), [], {"made up": ""})
+    run = common.Run(script.__name__, "", args, clip, data, 1, 1, [],
+                     list(enumerate(names)), [])
     run.batches = run.pixel_batches = lambda epoch: batches
     return run
 

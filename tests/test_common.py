@@ -200,7 +200,7 @@ def test_without_views_every_epoch_encodes_fresh_crops(monkeypatch):
     run = run_of(64, "--views", "0")
     run.features = torch.zeros(64, 1, 2)                                # of Run.start
     monkeypatch.setattr(common.Run, "encode_views",
-                        lambda _, views, cache: torch.full((64, 1, 2), float(*views)))
+                        lambda _, epoch: torch.full((64, 1, 2), float(epoch)))
     found = [f.unique().item() for epoch in range(3) for f, _ in common.Run.batches(run, epoch)]
     assert found == [0, 0, 1, 1, 2, 2]
 

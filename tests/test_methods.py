@@ -113,9 +113,9 @@ DEFAULTS = {
 @every_method
 def test_defaults(method):
     parser = importlib.import_module(method).flags()
-    args = common.settle(common.parse(parser, []), parser, "eurosat")
+    args = common.settle(common.parse(parser, []), "eurosat")
     assert {flag: vars(args)[flag] for flag in DEFAULTS[method]} == DEFAULTS[method]
-    embedded = common.settle(common.parse(parser, []), parser, "shapes")
+    embedded = common.settle(common.parse(parser, []), "shapes")
     assert embedded.lr == (0.0005 if method == "restore" else 0.002)
 
 

@@ -21,6 +21,7 @@ import json
 import torch
 
 from data.features import write_whole
+from data.results import records
 
 OPTIMIZER = {"name": "SGD", "momentum": 0.9, "dampening": 0, "nesterov": False,
              "weight_decay": 5e-4}
@@ -30,12 +31,9 @@ OPTIMIZER = {"name": "SGD", "momentum": 0.9, "dampening": 0, "nesterov": False,
 def write(run, prompt, results):
     """Write --export, whole or not at all, after a training. results: by part."""
     history = run.history()
-    plans = [run.plan(epoch) for epoch in range(len(history["loss"]))]
-    tensors = {
-        "features": run.features, "labels": run.labels,
-        "learning_rates": torch.tensor(history["lr"], dtype=torch.float64),
-        "rows": torch.stack([torch.stack([rows for rows, _ in plan]) for plan in plans]),
-        "crops": torch.stack([torch.stack([views for _, views in plan]) for plan in plans])}
+    rows, crops = map(torch.stack, zip(*(run.plan(epoch) for epoch in range(len(history["loss"])))))
+    tensors = {"features": run.features, "labels": run.labels, "rows": rows, "crops": crops,
+               "learning_rates": torch.tensor(history["lr"], dtype=torch.float64)}
     end = {name: tensor.clone() for name, tensor in prompt.state_dict().items()}
     for when, state in (("start", run.initial), ("end", end)):
         prompt.load_state_dict(state)
@@ -44,14 +42,13 @@ def write(run, prompt, results):
             tensors[f"{part.name}/{when}"] = prompt.class_features(part).float()
     for part in run.parts:
         tensors[f"{part.name}/features"] = part.features
-        tensors[f"{part.name}/labels"] = torch.tensor([item.label for item in part.items])
+        tensors[f"{part.name}/labels"] = part.labels
         tensors[f"{part.name}/zero_shot"] = part.zero_shot
-    told = {"kind": "export", "method": run.method, "flags": vars(run.args), "log": history,
+    told = {"method": run.method, "flags": records.flags_of(run.args), "log": history,
             "optimizer": OPTIMIZER, "logit_scale": run.clip.logit_scale,
             "classnames": run.classnames, "results": results,
             "tokens": {part.name: tokens(run.clip, part) for part in run.parts}}
-    metadata = {name: value if name == "kind" else json.dumps(value)
-                for name, value in told.items()}
+    metadata = {"kind": "export", **{name: json.dumps(value) for name, value in told.items()}}
     write_whole(run.args.export, {name: x.cpu() for name, x in tensors.items()}, metadata)
 
 

@@ -27,7 +27,8 @@ COMPUTING = [HERE / "common.py", HERE / "data" / "features.py", HERE / "data" / 
 # Flags that change no number, or that the identity holds in another form.
 ELSEWHERE = {"dataset", "data_root", "backbone", "pretrained", "shots", "seeds", "base_to_new",
              "transfer", "class_chunk", "device", "cache", "out", "save", "load", "predict",
-             "export", "again", "typed", "defaults", "origin"}
+             "export", "again"}
+BESIDE = {"typed", "defaults", "origin"}        # what flags.parse puts beside the flags
 OF_A_TEST = ["template", "test_images", "validation", "precision"]    # not of a training
 SCORES = {"few-shot": ["zero_shot", "accuracy"],
           "base-to-new": ["zero_shot_base", "zero_shot_new", "zero_shot_harmonic",
@@ -62,9 +63,9 @@ def current_code(method):
     return code_digest(script, *COMPUTING) if script.is_file() else ""
 
 
-def flags_that_matter(args):
-    """Return the flags that belong to a run's setting, {name: value}."""
-    return {name: value for name, value in vars(args).items() if name not in ELSEWHERE}
+def flags_of(args, without=frozenset()):
+    """Return the flags, {name: value}, but for some. Those of a setting are without ELSEWHERE."""
+    return {name: value for name, value in vars(args).items() if name not in BESIDE | without}
 
 
 def data_identity(data):
@@ -79,11 +80,10 @@ def identify(run):
     """Return the digests `setting` and `run` of a run."""
     clip, origin = run.clip, run.args.origin or {}
     setting = digest((run.method, run.code, clip.weights, clip.dtype, clip.amp, run.protocol,
-                      flags_that_matter(run.args),
+                      flags_of(run.args, ELSEWHERE),
                       [origin.get(name) for name in ("setting", "dataset", "data", "tensors")]))
     sample = [(item.content, item.label) for item in run.items]
-    data = run.identities[run.data.name]
-    return setting, digest((setting, data, run.shots, run.seed, sample))
+    return setting, digest((setting, run.data.identity, run.shots, run.seed, sample))
 
 
 # ---------------------------------------------------------------- what a run writes
@@ -107,7 +107,7 @@ def record_of(run, rows, more):
         if part.transfer:
             row = rows[part.name]
             transfer[part.name] = {"zero_shot": row["zero_shot"], "accuracy": row["accuracy"],
-                                   "data": run.identities[part.name]}
+                                   "data": part.data.identity}
     typed = {**run.args.typed, "template": run.args.template}       # it may come from --load
     changed = {name: value for name, value in typed.items()
                if value != run.args.defaults[name] and (name not in ELSEWHERE or name == "load")}
@@ -121,10 +121,9 @@ def record_of(run, rows, more):
                       if len(part.classes) <= 100},
         "backbone": run.clip.name, "pretrained": run.args.pretrained,
         "activation": run.clip.activation, "split": run.data.origin,
-        "run": run.id, "setting": run.setting, "data": run.identities[run.data.name],
+        "run": run.id, "setting": run.setting, "data": run.data.identity,
         "code": run.code, "weights": run.clip.weights, **more,
-        "flags": {name: value for name, value in vars(run.args).items()
-                  if name not in ("typed", "defaults", "origin")},
+        "flags": flags_of(run.args),
         "versions": {name: metadata.version(name) for name in ("torch", "open_clip_torch")}}
 
 
@@ -145,8 +144,8 @@ def origin_of(run, tensors):
             "template": run.data.template, "protocol": run.protocol, "shots": run.shots,
             "seed": run.seed, "backbone": args.backbone, "pretrained": args.pretrained,
             "weights": run.clip.weights, "precision": str(run.clip.dtype),
-            "flags": flags_that_matter(args), "setting": run.setting,
-            "data": run.identities[run.data.name], "tensors": tensors}
+            "flags": flags_of(args, ELSEWHERE), "setting": run.setting,
+            "data": run.data.identity, "tensors": tensors}
 
 
 # ---------------------------------------------------------------- lines of results
@@ -184,7 +183,7 @@ def find(run):
     args = run.args
     if args.again or args.save or args.export or args.predict:
         return None
-    wanted = {part.name: run.identities[part.name] for part in run.parts if part.transfer}
+    wanted = {part.name: part.data.identity for part in run.parts if part.transfer}
     for record in reversed(read(args.out)[0]):
         found = {name: target["data"] for name, target in record["transfer"].items()}
         if record["run"] == run.id and wanted.items() <= found.items():
