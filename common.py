@@ -56,7 +56,8 @@ from tqdm import tqdm
 
 from data import features, weights
 from data.flags import (        # noqa: F401  most are for the scripts
-    check_run, count, flags, nonnegative, nonnegatives, parse, positive, settle, whole, words)
+    check_clip, check_data, count, flags, nonnegative, nonnegatives, parse, positive, settle, whole,
+    words)
 from data.load import Data, Item, load_data
 from data.results import export, records
 
@@ -108,9 +109,10 @@ def runs_on(dataset, pairs, script, args):
         sets = [load_data(dataset, args.data_root, args.template),
                 *(load_data(name, args.data_root) for name in args.transfer)]
         sets = [choose_tests(some, args) for some in sets]
+        check_data(args, sets[0])
     data, *others = sets
     clip = load_clip(args.backbone, args.pretrained, args.device, args.precision, args.class_chunk)
-    check_run(args, method, clip, sets)
+    check_clip(args, clip, sets, method)
     if "OMP_NUM_THREADS" not in os.environ:     # on small matrices more threads only wait
         small = clip.text.positional_embedding.shape[1] < 256
         torch.set_num_threads(1 if small else THREADS)

@@ -63,7 +63,11 @@ def download_images(name, spec, root):
         print(f"{name}: downloading {url} to {root}, then the split file and CLIP's weights if "
               "they are missing", flush=True)
         fetch(url, file, spec["archive"].get("md5"))
-    unpack(file, spec["archive"]["take"], place)
+    try:
+        unpack(file, spec["archive"]["take"], place)
+    except Problem:
+        file.unlink()                       # the next download may be a better one
+        raise
     file.unlink()
 
 
@@ -153,8 +157,7 @@ def unpack_all(file, folder):
         if getattr(error, "errno", None):               # the disk is at fault
             raise
         cause = (str(error) or type(error).__name__).splitlines()[0]
-        raise Problem(f"{file}: not an archive that can be unpacked ({cause}): remove it to "
-                      "download it again") from None
+        raise Problem(f"{file.name}: not an archive that can be unpacked ({cause})") from None
 
 
 def filter_member(member, folder):

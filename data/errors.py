@@ -17,6 +17,7 @@ class Problem(Exception):
 @contextlib.contextmanager
 def one_line_errors():
     """Around main(): end user errors in one line and status 2, Ctrl-C in status 130."""
+    sys.stdout.reconfigure(errors="backslashreplace")       # names of files may be no UTF-8
     try:
         yield
         print(end="", flush=True)

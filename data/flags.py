@@ -1,6 +1,6 @@
 """The flags of the four methods: what they are, what --load fills in, and what goes together.
 
-check_flags: with each other; check_run: with data and CLIP."""
+check_flags: with each other; check_data, check_clip: with data and with CLIP."""
 
 import argparse
 import contextlib
@@ -18,7 +18,7 @@ from data.load import FOLDER, check_template, dataset_names, is_embedded, listed
 from data.results import records
 
 
-# ---------------------------------------------------------------- types of flags
+# ---------------------------------------------------------------- argparse types
 
 def bounded(text, kind, low, what):
     """Return a number of at least `low`. Raises argparse's error if a flag's text is none."""
@@ -34,8 +34,6 @@ def split(text, kind):
     return [kind(part) for part in text.split(",")]
 
 
-# argparse types
-
 count = partial(bounded, kind=int, low=1, what="a whole number above 0")
 whole = partial(bounded, kind=int, low=0, what="a whole number, 0 or more")
 positive = partial(bounded, kind=float, low=math.ulp(0), what="a number above 0")
@@ -44,7 +42,7 @@ counts, wholes, nonnegatives = (partial(split, kind=kind) for kind in (count, wh
 
 
 def words(value):
-    """An argparse type: the words of a context, which may also be written a_photo_of_a."""
+    """Return the words of a context, which may also be written a_photo_of_a."""
     found = " ".join(value.replace("_", " ").split())
     if not found or set("{}") & set(found):
         raise argparse.ArgumentTypeError(f"{value!r}: wants words, and no braces")
@@ -215,20 +213,21 @@ def check_flags(args):
         records.check_output(file, kind)
 
 
-def check_run(args, method, clip, sets):
-    """Raise Problem where data sets or CLIP do not serve what is asked; print a data set's note.
-
-    sets  the data set that is learned, and targets of --transfer"""
-    data = sets[0]
+def check_data(args, data):
+    """Raise Problem where a data set does not serve the protocol; print its note."""
     if args.base_to_new and len(data.classnames) < 4:
         raise Problem(f"{data.name}: --base-to-new needs two classes or more in each half")
     if not data.train and not args.load:
         raise Problem(f"{data.name} has no training images; it is for --transfer or --load")
     if data.note:
         print(f"{data.name}: {data.note}")
+
+
+def check_clip(args, clip, sets, method):
+    """Raise Problem where CLIP does not serve the data sets, or the prompt of --load."""
     check_names(args, clip, sets)
     if args.origin:
-        check_origin(args, method, clip.weights, data)
+        check_origin(args, method, clip.weights, sets[0])
 
 
 def check_names(args, clip, sets):

@@ -181,6 +181,8 @@ def read_aircraft(name, spec, root):
     for part in PARTS:
         for line in read_lines(images.parent / f"images_variant_{part}.txt"):
             image, _, variant = line.partition(" ")
+            if variant not in names:
+                raise Problem(f"{images.parent}: {line!r} names no variant of variants.txt")
             rows[part].append((images / f"{image}.jpg", names.index(variant)))
     return names, rows, PUBLISHED
 
@@ -285,8 +287,10 @@ def find_parts(folder):
     """Return {"train": its folder, "test": ...} of a folder that is divided so, else {}.
 
     val is the test set where no folder is called test."""
-    parts = {PART_OF.get(place.name.lower()): place for place in sub_folders(folder)}
-    parts.pop(None, None)
+    places = [place for place in sub_folders(folder) if place.name.lower() in PART_OF]
+    parts = {PART_OF[place.name.lower()]: place for place in places}
+    if len(parts) < len(places):
+        raise Problem(f"{folder}: of {listed([place.name for place in places])} two mean the same")
     if "val" in parts and "test" not in parts:
         parts["test"] = parts.pop("val")
     return parts if "train" in parts and "test" in parts else {}

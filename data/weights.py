@@ -41,7 +41,7 @@ def create(name, tag):
         model, _, transform = open_clip.create_model_and_transforms(
             name, tag if spec else None, force_quick_gelu=quick, pretrained_text=False,
             require_pretrained=bool(local or spec))
-        if state:
+        if state is not None:
             model.load_state_dict(state)
     except Exception as error:          # whatever goes wrong inside open_clip
         cause = " ".join(str(error).split())[:300]

@@ -203,8 +203,8 @@ def check_output(file, kind):
     kind  "results", "prompt" or "export"; --out, --save and --export write these"""
     flag = {"results": "--out", "prompt": "--save", "export": "--export"}[kind]
     path = Path(file)
-    if path.exists() and not path.is_file():
-        raise Problem(f"{flag} {file}: is no plain file")
+    if str(file)[-1] == "/" or path.is_symlink() or path.exists() and not path.is_file():
+        raise Problem(f"{flag} {file}: neither new nor a plain file")
     if path.exists() and path.stat().st_size:
         found = "results" if read(path)[0] else metadata_of(path).get("kind")
         if found != kind:
@@ -233,4 +233,7 @@ def read_origin(file):
     told = metadata_of(file)
     if told.get("kind") != "prompt":
         raise Problem(f"--load {file}: is no prompt that --save has written")
-    return json.loads(told["origin"])
+    try:
+        return json.loads(told["origin"])
+    except (KeyError, ValueError):
+        raise Problem(f"--load {file}: is damaged") from None

@@ -53,7 +53,7 @@ def main(argv=None):
     make = list_classes(shown) if args.classes else list_tables(shown, args)
     for title, grid, notes in make:
         show(title, grid, notes, args.markdown)
-    if old:
+    if old := sum(old[c] for c in old if args.all or c in newest):
         print(f"\nleft out: {plural(old, 'older run')} on other images, classes or weights")
     if args.plot:
         from data.results import pictures
@@ -151,13 +151,13 @@ def name_row(first, flags):
 # ---------------------------------------------------------------- which cells share a row
 
 def keep_one_version(cells):
-    """Return the cells on the newest version of each data set and its CLIP; count the other runs.
+    """Return the cells on the newest version of each data set and its CLIP; count other runs.
 
     The rows of a table are of the same images and classes; otherwise they could not be compared."""
     newest = {(c.table, c.dataset): c.data for c in cells}
     kept = [c for c in cells if c.data == newest[c.table, c.dataset]]
     old = {(c.table, c.record["run"]) for c in cells} - {(c.table, c.record["run"]) for c in kept}
-    return kept, len(old)
+    return kept, Counter(table[:2] for table, _ in old)
 
 
 def name_rows(cells):
@@ -297,7 +297,7 @@ def list_classes(cells):
         for part, rows in c.record["per_class"].items():
             table = Table(f"{c.dataset}, {part}", c.table.about, plural(c.shots, "shot"))
             names = Counter(row[0] for row in rows)
-            for k, (name, percent, taken, _) in enumerate(rows):
+            for k, (name, percent, taken, *_) in enumerate(rows):
                 name += f" ({k})" * (names[name] > 1)           # two classes of one name stay two
                 classes.append(c._replace(table=table, dataset=name, value=percent, remark=taken))
     for table, some in group(classes, "table").items():
@@ -377,10 +377,10 @@ def show_predictions(method, files, classnames, zero_shot, ours):
     """Print the likeliest classes of images, with probabilities in percent.
 
     zero_shot, ours  (values, places) of the largest probabilities, (files, top) each"""
-    names = [name.replace("_", " ") for name in classnames]
+    names = [name.replace("_", " ").ljust(max(map(len, classnames))) for name in classnames]
     columns = [tensor.tolist() for pair in (ours, zero_shot) for tensor in pair]
     for file, *rows in zip(files, *columns):
-        grid = [[method, "", "zero-shot", ""]]
+        grid = [[method, "%", "zero-shot", "%"]]
         for p, k, q, j in zip(*rows):
             grid.append([names[k], f"{100 * p:.1f}", names[j], f"{100 * q:.1f}"])
         show(file, grid)
