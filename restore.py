@@ -99,7 +99,7 @@ class Prompt(torch.nn.Module):
     def __init__(self, clip, args):
         super().__init__()
         self.clip = clip                                # not a Module: parameters() leaves it out
-        visual, n = clip.model.visual, args.n_ctx
+        visual, n = clip.model.visual, args.n_ctx       # clip.visual may be a copy in 16 bits
         if getattr(visual, "pool_type", None) != "tok":
             raise common.Problem("--backbone: RESTORE's prompts go into a vision transformer that "
                                  "is read at its class token (try ViT-B-16)")
@@ -120,7 +120,7 @@ class Prompt(torch.nn.Module):
         self.to(clip.device)
 
     def image_prompts(self):
-        """Return the list of Q_1 ... Q_K, (n, W_i) each."""
+        """Return the list of Q_1 ... Q_K, (n, W_i) each; Released makes them of P."""
         return self.Q
 
     def encode_text(self, names, prompts):
@@ -138,8 +138,8 @@ class Prompt(torch.nn.Module):
                     p = prompts[k] if k else prompts[k] + position[1:1 + len(prompts[k])]
                     p = p.expand(len(x), -1, -1).to(x.dtype)                # (c, n, W_t)
                     x = torch.cat([x[:, :1], p, x[:, 1 + p.shape[1]:]], 1)
-                x = block(x, attn_mask=text.attn_mask[:length, :length])
-                states.append(x[each, last])                                # (c, W_t)
+                x = block(x, attn_mask=text.attn_mask[:length, :length])    # causal
+                states.append(x[each, last])                # the end tokens', (c, W_t)
             return text.ln_final(states[-1]) @ text.text_projection, torch.stack(states, 1)
 
         rows = [[start, self.words, name, dot, end] for name, dot in names]
@@ -174,7 +174,6 @@ class Prompt(torch.nn.Module):
         """Return L_fs of the shifts of both encoders, (blocks_t,) and (blocks_i,)."""
         return difference(shift_t, shift_i).square().mean()
 
-    @torch.no_grad()
     def raise_blends(self, shift_t, shift_i):
         """Let the blends grow by 0.02 (text) and 0.005 (image) times the mean shift."""
         self.text_surgery.b += 0.02 * shift_t.mean()
@@ -215,7 +214,7 @@ def text_states(prompt, run, prompts):
 
 
 def measure(prompt, run):
-    """Return both encoders' shifts by block (diagnostic: the paper's), and their mean gap.
+    """Return both encoders' shifts by block, and their mean gap: the paper's diagnostic.
 
     On the training images without augmentation."""
     shift_t = feature_shift(text_states(prompt, run, prompt.P), text_states(prompt, run, []))
@@ -239,7 +238,7 @@ def train(prompt, run):
         # would reach 0 two epochs after the last one (this offset: CoOp's code).
         decay = (1 + math.cos(math.pi * (epoch - 1) / epochs)) / 2
         optimizer.param_groups[0]["lr"] = lr = 1e-5 if epoch == 0 else args.lr * decay
-        if epoch and not args.views:                                        # fresh crops
+        if epoch and not args.views:                    # --views 0: s^0 of fresh crops
             image_0 = image_states(prompt, run, [], [epoch])
         # Shuffled mini-batches (4 images by default); an incomplete last one is dropped unless it
         # is the only one. Each image appears as one of its random crops (ten by default).
@@ -299,6 +298,7 @@ class Released(Prompt):
         text, image = (norms / start for norms, start in zip(self.gram_norms(), self.gram_at_start))
         return (text - image).square().sum()
 
+    @torch.no_grad()
     def raise_blends(self, shift_t, shift_i):
         super().raise_blends(*(self.gram_norms() if self.gram else (shift_t, shift_i)))
 
@@ -333,7 +333,7 @@ def main():
         run.start(prompt)                               # encode images; --load: read the prompt
         if not args.load:
             train(prompt, run)
-        more = {"shift_after": measure(prompt, run)} if run.items else {}   # none with --load
+        more = {"shift_after": measure(prompt, run)} if run.items else {}   # --load: no images
         # Predict argmax_c f(x) . w_c for the test images, record, print.
         run.finish(prompt, **more)
 
