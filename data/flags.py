@@ -102,7 +102,8 @@ def flags(doc, lr, batch_size, n_ctx, embedded_lr=None):
         help="other data sets to test the prompt on")
     add("--load", metavar="FILE",
         help="test this saved prompt, with its data set, template and CLIP, instead of training")
-    add("--predict", nargs="+", default=[], metavar="IMAGE", help="images to name the class of")
+    add("--predict", nargs="+", default=[], metavar="IMAGE",
+        help="images to name the class of, after the training or with --load")
 
     add = p.add_argument_group("output").add_argument
     add("--out", default="runs/results.jsonl", metavar="FILE",

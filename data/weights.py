@@ -44,7 +44,7 @@ def create(name, tag):
         if state is not None:
             model.load_state_dict(state)
     except Exception as error:          # whatever goes wrong inside open_clip
-        cause = " ".join(str(error).split())[:300]
+        cause = " ".join(str(error).split())[:150]
         raise Problem(f"cannot load {name} {tag}: {cause}{OFFLINE if spec else ''}") from None
     # The text encoder is the model itself, or its part `text`. CLIP's is causal and read at the end
     # token; CoCa has a class token at the end, SigLIP no mask.

@@ -172,6 +172,8 @@ def test_what_an_average_leaves_out_is_named(printed):
     assert [row[0] for row in rows[1:]] == [
         "zero-shot", "coop", "prograd",
         "(average, 4 shots, without coop seed 2, forms, mvp_mi --lr 0.1, sizes)"]
+    alone = tables["embedded data sets, tiny_clip, few-shot, 4 shots"]      # shown in this case
+    assert alone[0] == ["shapes", "forms", "scenes", "sizes", "average"]
 
 
 def test_transfer_has_an_average_over_targets_and_shifted_versions_their_own(printed):

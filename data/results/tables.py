@@ -59,7 +59,7 @@ def main(argv=None):
         from data.results import pictures
         for file, title in pictures.draw(shown, Path(args.file).parent):
             print(f"{file}: {title}")
-    if not args.all:
+    if not (args.all or args.markdown):
         print("\n--all shows each data set, and all comparisons")
 
 
@@ -254,7 +254,9 @@ def compare(cells, other):
 # ---------------------------------------------------------------- tables: title, texts, notes
 
 def list_tables(cells, args):
-    """Yield averages, transfer, single data sets (with --all all), or differences to --against."""
+    """Yield averages, transfer, single data sets, or differences to --against.
+
+    Where averages are over all runs, single data sets only with --all."""
     for table, some in group(cells, "table").items():
         one = len({c.dataset for c in some}) == 1 and not table.transfer
         title = name_table(table._replace(suite=some[0].dataset) if one else table)
@@ -271,8 +273,9 @@ def list_tables(cells, args):
         elif means and not table.transfer:
             counts = " or ".join(map(str, sorted({len(sets) for sets in over.values()})))
             yield f"average over {counts} {title}", pivot(means + published(some, over)), notes
+        whole = means and not notes and over.keys() == {c.shots for c in some}
         for column, part in group(some + means, "column").items():
-            if table.transfer or not one and (args.all or not means):
+            if table.transfer or not one and (args.all or not whole):
                 yield (f"{title}, {column}", pivot(part, across="dataset"),
                        notes if table.transfer else [])
 
