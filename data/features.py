@@ -111,7 +111,7 @@ def load_pixels(rows, transform, batch_size, device, own=False, workers=None):
 def normalize(pixels, mean, std):
     """Return float (n, 3, H, W) of uint8 pixels, as ToTensor and Normalize do to the bit.
 
-    mean, std  three numbers each, or a tensor (3,) on the device"""
+    mean, std  three numbers each"""
     top = torch.full((), 255.0, device=pixels.device)   # CUDA multiplies by a number's reciprocal
     mean, std = (torch.as_tensor(values, dtype=torch.float32).view(3, 1, 1)
                  .to(pixels.device, non_blocking=True) for values in (mean, std))

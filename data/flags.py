@@ -232,10 +232,10 @@ def check_clip(args, clip, sets, method):
 
 
 def check_names(args, clip, sets):
-    """Raise Problem where two classes have the same prompt; name words that a CLIP has never met.
+    """Name words that a CLIP has never met. Raise Problem if two own classes have the same prompt.
 
-    Two such pairs of the published ImageNet are let be. The tiny CLIP's embeddings of words that
-    it has never met are zeros."""
+    The published ImageNet has two such pairs. The tiny CLIP's embeddings of words that it has
+    never met are zeros."""
     met = clip.text.token_embedding.weight.ne(0).any(-1).tolist()
     texts = [(args.template or "").replace("|", " "), getattr(args, "ctx_init", "") or ""]
     for data in sets:

@@ -2,9 +2,11 @@
 
 The identity of a run is everything that determines its numbers. It is made here, from three parts:
 
-setting  the code that computes, the weights, the precision, the protocol, and the flags
-data     contents of the test images, labels, class names, template, and who split the images
-run      setting and data, shots, seed, contents of the training images, and the loaded prompt
+setting  the code that computes, the weights, the precision, the protocol, the flags, and the
+         prompt of --load
+data     contents of the test images, names of the training images, labels, class names,
+         templates, and who split the images
+run      setting and data, shots, seed, and contents of the few-shot sample
 
 "Already recorded" compares `run`; a mean holds runs of one `setting`, and of one `data` each set.
 """
@@ -29,7 +31,8 @@ ELSEWHERE = {"dataset", "data_root", "backbone", "pretrained", "shots", "seeds",
              "transfer", "class_chunk", "device", "cache", "out", "save", "load", "predict",
              "export", "again"}
 BESIDE = {"typed", "defaults", "origin"}        # what flags.parse puts beside the flags
-OF_A_TEST = ["template", "test_images", "validation", "precision"]    # not of a training
+# A test with --load may have others; they change zero-shot CLIP, too.
+OF_A_TEST = ["template", "test_images", "validation", "precision"]
 SCORES = {"few-shot": ["zero_shot", "accuracy"],
           "base-to-new": ["zero_shot_base", "zero_shot_new", "zero_shot_harmonic",
                           "base", "new", "harmonic"]}
@@ -89,7 +92,7 @@ def identify(run):
 # ---------------------------------------------------------------- what a run writes
 
 def record_of(run, rows, more):
-    """Return the record of a run, a flat dict; data/README.md lists its fields.
+    """Return the record of a run, for JSON; data/README.md lists its fields.
 
     rows  {part: what Run.evaluate returns}
     more  histories over epochs, seconds, and what the method has to tell"""
@@ -179,7 +182,8 @@ def read(file):
 def find(run):
     """Return the record of a run in --out, with all targets of --transfer on the same images.
 
-    None if there is none, or if the run is to be made in any case: --again, or for a file."""
+    None if there is none, or if the run is made in any case: --again, --save, --export, --predict.
+    """
     args = run.args
     if args.again or args.save or args.export or args.predict:
         return None
