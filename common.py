@@ -625,15 +625,15 @@ class Run:
         features.write_whole(file, tensors, {"kind": "prompt", "origin": json.dumps(origin)})
         print(f"{self.title}: saved in {file}")
 
-    def predict(self, prompt, top=5):
-        """Print the likeliest classes of the images of --predict, with probabilities in percent."""
+    def predict(self, prompt):
+        """Print the five likeliest classes of each image of --predict, with percentages."""
         data = replace(self.data, own=True)     # a user's photographs: upright, on white
         items = [Item(file, 0) for file in self.args.predict]       # the label is not used
         classes = list(enumerate(data.classnames))
         part = Part("predict", data, items, classes)
         part.features = encode_images(self.clip, data, items).to(self.clip.device)
         part.zero_shot = template_features(self.clip, data.template, part.classnames)
-        both = [(self.clip.logit_scale * f @ w.T).softmax(-1).topk(min(top, len(part.classes)))
+        both = [(self.clip.logit_scale * f @ w.T).softmax(-1).topk(min(5, len(part.classes)))
                 for f, w in self.classifiers(prompt, part)]
         tables.show_predictions(self.method, self.args.predict, part.classnames, *both)
 

@@ -114,7 +114,9 @@ class Prompt(torch.nn.Module):
         self.P = torch.nn.ParameterList(P if args.towers != "vision" else [])
         self.Q = torch.nn.ParameterList(Q if args.towers != "text" else [])
         # No prompts: no surgery (ours), and shift 0, to which L_fs pulls the other encoder's.
-        b_t, b_i = args.blend[0], args.blend[-1]        # of a list of one number, or of two
+        if len(args.blend) > 2:
+            raise common.Problem("--blend: wants one number, or the text's and the image's")
+        b_t, b_i = args.blend[0], args.blend[-1]
         self.text_surgery = Surgery(visual.output_dim, b_t if len(self.P) else 0.0)
         self.image_surgery = Surgery(visual.output_dim, b_i if len(self.Q) else 0.0)
         self.to(clip.device)
@@ -325,13 +327,12 @@ def flags():
 
 def main():
     for run in common.runs(__file__, flags()):          # for each data set, number of shots, seed
-        args = run.args
-        released = args.prompts == "coupled" or args.shift == "gram"
-        if released and args.towers != "both":
+        released = run.args.prompts == "coupled" or run.args.shift == "gram"
+        if released and run.args.towers != "both":
             raise common.Problem("--prompts coupled and --shift gram need --towers both")
-        prompt = Released(run.clip, args) if released else Prompt(run.clip, args)
+        prompt = (Released if released else Prompt)(run.clip, run.args)
         run.start(prompt)                               # encode images; --load: read the prompt
-        if not args.load:
+        if not run.args.load:
             train(prompt, run)
         more = {"shift_after": measure(prompt, run)} if run.items else {}   # --load: no images
         # Predict argmax_c f(x) . w_c for the test images, record, print.

@@ -194,7 +194,7 @@ def check_flags(args):
         raise Problem("--class-specific has no context for classes that were not learned: "
                       "no --base-to-new, no --transfer")
     if {"n_ctx", "ctx_init"} <= {*args.typed} and not args.defaults["ctx_init"] and not args.load:
-        raise Problem("--n-ctx beside --ctx-init: the words decide how many tokens are learned")
+        raise Problem("--n-ctx beside --ctx-init: take one of them, either tells how many tokens")
     runs = [(dataset, shots, seed) for dataset in args.dataset for shots in args.shots
             for seed in args.seeds]
     if len(set(runs)) < len(runs):
@@ -232,7 +232,7 @@ def check_clip(args, clip, sets, method):
 
 
 def check_names(args, clip, sets):
-    """Name words that a CLIP has never met. Raise Problem if two own classes have the same prompt.
+    """Raise Problem where classes of a user's folder have the same prompt; name unknown words.
 
     The published ImageNet has two such pairs. The tiny CLIP's embeddings of words that it has
     never met are zeros."""
