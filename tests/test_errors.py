@@ -86,6 +86,7 @@ def test_only_a_file_of_the_same_kind_is_replaced(cli, tmp_path):
 def test_places_where_nothing_can_be_written_are_found_first(cli, tmp_path):
     (tmp_path / "text").write_text("my thesis\n")
     refused(cli("coop", *QUICK, save=tmp_path), f"--save {tmp_path}: neither new nor a plain file")
+    refused(cli("coop", *QUICK, save=f"{tmp_path}/new/"), "new/: neither new nor a plain file")
     refused(cli("coop", *QUICK, save=tmp_path / "text/new"), "--save", "cannot write there")
     refused(cli("coop", *QUICK, cache=tmp_path / "text"), "--cache", tmp_path / "text")
 

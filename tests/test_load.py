@@ -101,6 +101,12 @@ def test_a_class_without_images_is_named_and_refused(tmp_path):
     refuse(tmp_path, "", "no test images", "bird")
 
 
+def test_two_folders_for_one_part_are_refused(tmp_path):
+    for part in ("train", "val", "valid"):
+        fill(tmp_path / part, "cat", "dog")
+    refuse(tmp_path, "", "of train, val, valid two mean the same")
+
+
 def test_class_folders_that_have_the_same_sub_folders_are_refused(tmp_path):
     for classname in ("cat", "dog"):
         fill(tmp_path / classname, "train", "test")

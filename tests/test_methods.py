@@ -293,6 +293,13 @@ def test_prompts_start_as_words_and_noise_and_the_words_stay_what_they_are(small
     assert noise.std().item() == pytest.approx(0.02, rel=0.05) and abs(noise.mean().item()) < 0.002
 
 
+@pytest.mark.parametrize("flags, words", [
+    (["--n-ctx", "5"], "which has 4 tokens"), (["--blend", "0.1,0.2,0.3"], "wants one number")])
+def test_prompts_that_do_not_fit_are_refused(small, flags, words):
+    with pytest.raises(common.Problem, match=words):
+        restored(small, *flags)
+
+
 def test_the_surgery_blends_in_a_quickgelu_network_that_starts_as_the_identity():
     z, surgery = torch.randn(3, 8), restore.Surgery(8, 0.25)
     assert torch.allclose(surgery(z), F.normalize(z, dim=-1), atol=1e-6)
